@@ -53,7 +53,7 @@ def known_circuit(results: Results) -> dict[str, str]:
     ]
     counts = [[key, f"{results[key]:,}"] for key in COUNTS]
     return {
-        "scores": grid(f"| score | {' | '.join(COMPARED.values())} | passes |", rows),
+        "scores": grid(f"| score | {' | '.join(COMPARED.values())} | forward + backward passes |", rows),
         "program": grid("| value | where | reads | measured | by the program |", program),
         "counts": grid("| network and pairs | number |", counts),
     }
@@ -61,10 +61,10 @@ def known_circuit(results: Results) -> dict[str, str]:
 
 COMPARED = {
     "edges": "known edges ↑",
-    "edges that share a column": "sharing a column ↑",
+    "edges that share a column": "known edges, among those sharing a column ↑",
     "nodes": "known nodes ↑",
     "active edges": "active edges ↑",
-    "active edges that share a column": "sharing a column ↑",
+    "active edges that share a column": "active edges, among those sharing a column ↑",
     "CMD": "CMD ↓",
 }
 COUNTS = (

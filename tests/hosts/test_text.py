@@ -266,11 +266,10 @@ def test_ids_and_pixels_both_receive_relevance(make, prefixes, worst):
 
 
 @pytest.mark.parametrize("kind", ["GPT-2", "Llama"])
-def test_decoders_trained_on_characters_conserve_relevance_at_every_tap_and_site(kind, monkeypatch, worst):
+def test_decoders_trained_on_characters_conserve_relevance_at_every_tap_and_site(kind, worst):
     from benchmarks.real import decoders
 
-    monkeypatch.setattr(decoders, "STEPS", 20)
-    model = decoders._train(kind).double().requires_grad_(False)
+    model = decoders._train(kind, 20).double().requires_grad_(False)
     assert not model.training
     assert decoders.bits(model) < 6  # log2 of the number of characters is 6.4
     question = decoders.questions_of(model)[0]

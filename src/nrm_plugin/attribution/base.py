@@ -151,7 +151,7 @@ def input_relevance(
 
 
 def convergence_delta(measure: RelevanceMeasure, taps: list[Atom]) -> Tensor:
-    """Returns the convergence delta, of shape ``(N,)``: one minus the sum of the layer's mass, sink and bypass."""
+    """Returns the convergence delta of each sample: one minus the sum of the layer's mass, sink and bypass."""
     if len(taps) == 1:
         (tap,) = taps
         return 1 - sample_sums(measure.marginal(tap)) - measure.sink(tap) - measure.bypass(tap)

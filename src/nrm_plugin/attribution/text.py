@@ -67,8 +67,8 @@ class TextExplanation:
         text: The text, with its tokens and words.
         kind: ``"class"``, ``"mask"``, ``"next"`` or ``"token"``.
         target: Name of the explained class or token.
-        against: The class or token with which the target is compared. Empty without a contrast.
-        reference: Reference text or the token that replaces every word. Empty without a reference.
+        against: The class or token with which the target is compared. Empty if there is no contrast.
+        reference: Reference text or the token that replaces every word. Empty if there is none.
         output: The explained scalar: an output, a difference between outputs, or the change of either relative to the
             reference.
         predictions: The most likely classes or tokens with their softmax values.
@@ -315,7 +315,7 @@ class Words:
     task: Task
 
     def relevance(self, **of: Any) -> Tensor:
-        """Returns the relevance of tokens on the CPU, of shape ``(…, T)``. Positive values support the target."""
+        """Returns the relevance of tokens as a CPU tensor of shape ``(…, T)``. Positive values support the target."""
         maps = self.mu.marginal(self.ends, over="position", **of)
         summed = torch.stack(list(maps.values())).sum(0)
         return float(self.mu.sign) * summed[..., 0, :].cpu()

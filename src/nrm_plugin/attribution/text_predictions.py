@@ -44,7 +44,7 @@ class Task:
     tokenizer: Any
 
     def output(self, returned: Any) -> Tensor:
-        """Extracts the prediction logits, of shape ``(1, K)``, from the model's return value."""
+        """Extracts the prediction logits, with shape ``(1, K)``, from the model's return value."""
         logits: Tensor = returned["logits"] if isinstance(returned, dict) else returned
         return logits if self.position is None else logits[:, self.position]
 

@@ -113,7 +113,7 @@ class Explanation:
         outputs: Outputs of the model, of shape ``(K,)``.
         target: The explained class.
         against: The contrast of the explained class.
-        difference: The explained difference between outputs, or None without a contrast.
+        difference: The explained difference between outputs, or None if there is no contrast.
         relevance: Relevance of the inputs, of shape ``(C, S, S)``. Like the relevance of layers and the totals, it is
             multiplied by the sign of the difference. Positive relevance is then evidence for the class.
         totals: Relevance totals at the inputs.
@@ -124,7 +124,7 @@ class Explanation:
         layer_map: Relevance map averaged over late layers, or None if it was not requested or the model has no such
             layers.
         pixel_map: Heat map of :func:`~nrm_plugin.measure.pixel_maps.pixel_map`, of shape ``(H, W)``, with the plain
-            background of the image as the reference. None without a plain background.
+            background of the image as the reference. None if the background is not plain.
         shows_pixels: Whether to plot the relevance of the pixels.
         notes: Deviations from the request, with their reasons.
     """
@@ -175,7 +175,7 @@ def _on_ground(
     """Explains the difference from the plain background. Returns a note with the reason if this is not possible.
 
     Args:
-        loaded: The model.
+        loaded: The loaded model, with its preprocessing.
         source: The image to explain.
         inputs: The preprocessed image.
         request: Settings of the computation.

@@ -67,9 +67,9 @@ class ImageFlow:
         outputs: Outputs of the model, of shape ``(K,)``.
         target: The explained class.
         against: The contrast of the explained class.
-        difference: The explained difference between outputs, or None without a contrast.
+        difference: The explained difference between outputs, or None if there is no contrast.
         explained: The explained output, difference or change, which is 100% of the relevance.
-        graph: The flow.
+        graph: Flow of relevance through the layers.
         heat_maps: Heat maps of the nodes.
         pairs: Joint relevance of nodes in non-adjacent layers.
         photo: The image, with the patches of the nodes.

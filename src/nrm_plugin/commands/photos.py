@@ -23,7 +23,7 @@ def photo(loaded: LoadedModel, source: LoadedImage, inputs: Tensor) -> Photo:
     """Prepares an image for figures.
 
     Args:
-        loaded: The model.
+        loaded: The loaded model, with its preprocessing.
         source: The image file.
         inputs: The preprocessed image, of shape ``(1, C, S, S)``.
     """

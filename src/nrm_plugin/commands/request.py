@@ -100,7 +100,7 @@ def explained_class(loaded: LoadedModel, requested: str | None, outputs: Tensor)
     """Returns the index of the explained class for one image.
 
     Args:
-        loaded: The model.
+        loaded: The loaded model, with its preprocessing.
         requested: Index or name of the class, or None for the predicted class.
         outputs: Outputs of the model, of shape ``(1, K)``, or ``(1,)`` for a single class.
 
@@ -120,7 +120,7 @@ def compared_with(loaded: LoadedModel, request: Request, outputs: Tensor) -> Aga
     """Returns the contrast of the explained class for one image.
 
     Args:
-        loaded: The model.
+        loaded: The loaded model, with its preprocessing.
         request: The request, including the requested contrast.
         outputs: Outputs of the model, of shape ``(1, K)``, or ``(1,)`` for a single class.
 
@@ -155,7 +155,7 @@ def output_count(loaded: LoadedModel, inputs: Any = None) -> int | None:
     """Returns the number of outputs, or None if the model fails on the inputs or is not a classifier.
 
     Args:
-        loaded: The model.
+        loaded: The loaded model, with its preprocessing.
         inputs: Inputs of one sample. Defaults to a black image.
     """
     parameter = next(loaded.model.parameters(), torch.empty(0))

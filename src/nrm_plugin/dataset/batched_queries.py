@@ -108,7 +108,7 @@ class QueryResults:
                 self.joint_matrices[chain[k], chain[k + 1], over] = self._signed(joint)
 
     def of(self, query: Query) -> Tensor:
-        """Returns the result of a query, of shape ``(N, *groups)``, with NaN where a quotient is undefined."""
+        """Returns the result of a query in shape ``(N, *groups)``, with NaN where a quotient is undefined."""
         return METHODS[type(query)](self, query)
 
     # -- one method for each kind of query ----------------------------------------------------------------------------

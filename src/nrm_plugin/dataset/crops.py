@@ -87,7 +87,7 @@ def crops(
     the crop is negative, the sign of the heat map is reversed first.
 
     Args:
-        model: The network.
+        model: The network that was explained.
         data: Indexable dataset of images of shape ``(C, H, W)``, or of pairs ``(image, label)``.
         references: The references to crop, either of one layer or of events.
         groups: Groups to show. Defaults to all groups.
@@ -166,7 +166,7 @@ def _image(data: IndexableDataset, index: int) -> Tensor:
 
 
 def _peaks(mu: RelevanceMeasure, layer: str, group: int) -> Tensor:
-    """Returns the position of a channel's largest relevance in each sample, of shape ``(N,)``."""
+    """Returns the position of a channel's largest relevance in each sample, as a tensor of shape ``(N,)``."""
     values = mu.marginal(layer).movedim(mu.channel_dim(layer), 1)[:, group].reshape(mu.batch, -1)
     return (mu.sign.unsqueeze(1) * values).argmax(1).cpu()
 

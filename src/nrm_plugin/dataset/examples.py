@@ -99,7 +99,9 @@ class References:
         return self.groups.index(group)
 
     def of(self, group: int | str) -> list[int]:
-        """Returns the sample indices of a group, in decreasing order of value.
+        """Returns the indices of the reference samples of a group.
+
+        They are sorted by the relevance or activation of the group, from largest to smallest.
 
         Raises:
             ReferencesError: If the group is unknown.
@@ -107,8 +109,9 @@ class References:
         Examples:
             >>> from nrm_plugin.dataset.reference_search import find_references
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-            >>> references = find_references(net, [(torch.randn(8, 3), torch.ones(8, dtype=torch.long))], ["0"], k=2)
-            >>> len(references.of("0").of(3))
+            >>> found = find_references(net, [(torch.randn(8, 3), torch.ones(8, dtype=torch.long))], ["0"], k=2)
+            >>> references_of_layer = found.of("0")
+            >>> len(references_of_layer.of(3))
             2
         """
         return [sample for sample in self.samples[self.row(group)].tolist() if sample >= 0]

@@ -97,7 +97,7 @@ class Preprocessing:
         return (inputs[0] * std + mean).clamp(0, 1).expand(3, -1, -1).contiguous()
 
     def bounds(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the inputs for black and white pixels, of shape ``(1, C, 1, 1)`` each, on the device of ``like``."""
+        """Returns the inputs for black and white pixels, in shape ``(1, C, 1, 1)`` and on the device of ``like``."""
         mean, std = (like.new_tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
         return -mean / std, (1 - mean) / std
 

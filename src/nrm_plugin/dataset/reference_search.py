@@ -110,7 +110,7 @@ def find_references(
 
 
 def _explained_classes(target: str | int, labels: Tensor | None, outputs: Tensor) -> Tensor:
-    """Returns the explained class of each sample, of shape ``(N,)``.
+    """Returns the explained class of each sample, as a tensor of shape ``(N,)``.
 
     Raises:
         InputError: If the model is not a classifier.

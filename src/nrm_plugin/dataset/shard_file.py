@@ -40,7 +40,7 @@ class Shard:
         stamps: Stamp of each sample, as in :class:`~nrm_plugin.dataset.shard_writer.ShardInfo`. Empty for sweeps of
             earlier versions.
         sums: Checksums of the row file, or None for sweeps of earlier versions.
-        map_sums: Checksums of the map file, or None without maps.
+        map_sums: Checksums of the map file, or None if the sweep stores no maps.
     """
 
     path: Path

@@ -118,7 +118,7 @@ def _tensors(args: Iterable[Any]) -> list[Tensor]:
 
 
 def attach_steps(output: Any, calls: CustomCalls) -> None:
-    """Attaches a step to every user-defined ``autograd.Function`` between the inputs and the output of a model.
+    """Attaches a propagation step to every user-defined ``autograd.Function`` between a model's inputs and its output.
 
     Args:
         output: Return value of the model.

@@ -195,7 +195,7 @@ class _Probe:
         return True
 
     def matrix(self, inputs: list[Layout], output: Layout) -> Tensor:
-        """Computes the matrix of the features, of shape ``(out, in)``, by evaluating the function on unit vectors."""
+        """Computes the matrix of the features, with shape ``(out, in)``, by evaluating the function on unit vectors."""
         columns = []
         for number, layout in enumerate(inputs):
             like = layout.fold(self.values[number].unsqueeze(0))

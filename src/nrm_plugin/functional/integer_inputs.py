@@ -196,7 +196,7 @@ def _selected_dims(call: ObservedCall) -> int:
 
 
 def _is_elementwise_of(tensor: Tensor, leaves: set[int]) -> bool:
-    """Returns True if a tensor is computed from the given leaf tensors alone, by routes and elementwise functions."""
+    """Returns True if a tensor is computed only from the given leaf tensors, by routes and elementwise functions."""
     stack: list[Any] = [tensor.grad_fn]
     visited: set[Any] = set()
     while stack:

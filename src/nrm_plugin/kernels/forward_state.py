@@ -107,8 +107,8 @@ class _Running(threading.local):
         saved: Weak references to the tensors saved by steps, keyed by storage address.
         listener: The object that is notified of every step and tap.
         weights: The parameters of the model that require a gradient outside this pass.
-        first_node: Sequence number of the first autograd node of this pass, or None without a listener.
-        given: Ids of the parameters among the inputs of the model, used without a listener.
+        first_node: Sequence number of the first autograd node of this pass, or None if there is no listener.
+        given: Ids of the parameters among the inputs of the model, used if there is no listener.
         made: The leaf tensors created by the model, keyed by ``id()``, or None if they can receive relevance.
         depending: Whether each autograd node visited in this pass depends on an input of the model.
         renormalized: The embedding tables that torch would have renormalized in this pass, keyed by ``id()``.

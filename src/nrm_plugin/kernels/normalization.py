@@ -212,7 +212,7 @@ class ColumnWriter:
         """Stores the columns of one block and returns their gains ``g(c)``, or None if all gains are one.
 
         Args:
-            at: The block.
+            at: The block of columns.
             column_sum: ``c`` in the block, or None if all sums are one.
         """
         if self._normalization is None:

@@ -132,7 +132,7 @@ class Step(ABC):
         return self._scaling_for(relevance).gain
 
     def pull(self, relevance: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """Propagates relevance from the output, of shape ``(K, N, *out)``, to the inputs and the sink.
+        """Propagates relevance of shape ``(K, N, *out)`` from the output to the inputs and the sink.
 
         Returns:
             The relevance at each input, of shape ``(K, N, *in)``, in any dtype; and the fraction absorbed by the sink,

@@ -106,7 +106,7 @@ def _count_of_heads(step: Step, rows: int, recording: Recording) -> int | None:
 
 
 def _chosen(atom: Attended, what: str, index: Index, count: int) -> Tensor:
-    """Returns a boolean mask of the selected heads or tokens, of shape ``(count,)``."""
+    """Returns a boolean mask of shape ``(count,)`` of the selected heads or tokens."""
     chosen = torch.zeros(count, dtype=torch.bool)
     try:
         chosen[index.value] = True

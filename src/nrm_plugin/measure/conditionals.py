@@ -1,4 +1,4 @@
-"""Conditional mass of an event given each neuron of a tap above it, from one transposed pass (from the inputs upwards).
+"""Conditional mass of an event given each neuron of a tap above it, from one transposed pass (from the inputs upward).
 
 Source: docs/measure.md.
 """
@@ -24,12 +24,13 @@ from .masked_vectors import masked
 class Conditionals:
     """Transposed pass that computes ``μ(event given j)`` for every neuron ``j`` of each tap.
 
-    Values are propagated upwards, starting at the vertices that decide whether a walk belongs to the event.
+    Values are propagated upward through the recorded graph, one per undecided node of the decision diagram. The pass
+    starts at the graph's vertices that decide whether a walk belongs to the event.
 
     Args:
         diagram: The decision diagram for the events.
-        places: The taps at which conditional masses are required.
-        nodes: The diagram nodes that a walk can reach by crossing a tap.
+        places: Taps at which to compute conditional masses.
+        nodes: The diagram nodes that a walk can reach by crossing one of these taps.
         like: A tensor with the same dtype as the relevance.
     """
 
@@ -42,7 +43,7 @@ class Conditionals:
             self._push(vertex, sorted(needed[vertex]))
 
     def value(self, place: Place, node: int) -> Tensor:
-        """Returns the conditional mass of a diagram node given each neuron of one tap, of shape ``(N, *shape)``."""
+        """Returns the conditional mass of a diagram node given each neuron of one tap, in shape ``(N, *shape)``."""
         if isinstance(place, Buffer):
             value, shape = self._after(place, node), self.graph.shape(place)
         else:

@@ -37,7 +37,7 @@ STILL = 1e-12
 
 
 def dependence(joint: Array) -> Array:
-    """Computes the dependence ``D`` between two layers, of shape ``(members, members below)``.
+    """Computes the dependence ``D`` between two layers as a matrix of shape ``(members, members below)``.
 
     Its rows and columns sum to 0. If the layers are independent up to rounding, the result is zero. For example, the
     output is independent of all other layers if the measure explains a single class.

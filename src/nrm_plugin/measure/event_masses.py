@@ -136,7 +136,7 @@ class EventPass:
         return EventResult(self.mass[event], self.variation[event], [self.map(place, event) for place in places])
 
     def map(self, place: Place, event: int) -> Tensor:
-        """Returns ``μ(j & event)`` for every neuron ``j`` of a stored tap, of shape ``(N, *shape)``."""
+        """Returns ``μ(j & event)`` for every neuron ``j`` of a stored tap, in shape ``(N, *shape)``."""
         tap = self.recording.taps.at(place)
         total = self.mass.new_zeros(tap.tensor_shape, device=self.recording.graph.device(place))
         arrived = {pair[1]: v for (at, pair), v in self.maps.items() if at == place and pair[0] == event}

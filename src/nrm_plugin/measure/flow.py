@@ -56,7 +56,7 @@ class Shown:
     """Layer of a flow, with the groups that are shown.
 
     Attributes:
-        atom: The tap.
+        atom: The tap that the layer refers to.
         layer: The layer of the graph.
         labels: Index of the shown group of each neuron, or the number of shown groups for neurons of the rest.
         has_all_channels: Whether all channels are shown. Their joint relevance might then take less than one pass per
@@ -252,7 +252,7 @@ def _overs(shown: Sequence[Shown]) -> list[str | Tensor]:
 
 
 def _joint(mu: Measure, upper: Shown, lower: Shown, matrix: Tensor, number: int) -> Array:
-    """Returns the joint relevance of two layers, including rest and off, of shape ``(K_upper + 2, K_lower + 2)``.
+    """Returns the joint relevance of two layers, including rest and off, in shape ``(K_upper + 2, K_lower + 2)``.
 
     The elements of off are computed by separate queries rather than as differences from the marginals.
     """

@@ -119,7 +119,7 @@ def propagated_to(
 
 
 def edge_matrix(recording: Recording, vertex: int, relevance: Tensor) -> Tensor:
-    """Computes the joint relevance of all channel pairs across a linear step, of shape ``(N, K_upper, K_lower)``.
+    """Computes the joint relevance of all channel pairs across a linear step, in shape ``(N, K_upper, K_lower)``.
 
     Args:
         recording: The recording of the forward pass.

@@ -173,7 +173,7 @@ class QueryPasses:
         return values if count == 1 else values.reshape(-1, count, *values.shape[1:]).sum(1)
 
     def _masses(self, events: Sequence[Event], given: Event | None, min_ratio: float | None) -> Tensor:
-        """Returns the masses of the events, of shape ``(E, N)``."""
+        """Returns the masses of the events, as a tensor of shape ``(E, N)``."""
         if not events:
             return self._start.new_zeros((0, self._recording.samples.count // self._recording.references))
         if given is not None:
@@ -206,7 +206,7 @@ class QueryPasses:
         return {name: taps[name].layout.unfold(value) for name, value in values.items()}
 
     def _joints(self, layers: Sequence[Layer], overs: Sequence[Any], remedy: str) -> list[Tensor]:
-        """Computes the joint relevance of all pairs of consecutive layers, of shape ``(N, K_upper, K_lower)`` each."""
+        """Computes the joint relevance of each pair of consecutive layers, in shape ``(N, K_upper, K_lower)``."""
         groups = [pair_of(over) for over in overs]
         pairs = self._pairs(layers, remedy)
         totals = self._pass([above for above, _ in pairs])

@@ -83,7 +83,7 @@ def reconstruct(
               R_i = R_j^+ \, 1[a_i > 0] \quad \text{(guided backpropagation)}
 
     Args:
-        model: The network. Its ReLUs must be modules.
+        model: The network that contains the layer. Its ReLUs must be modules.
         images: Inputs of shape ``(N, C, H, W)``.
         neurons: ``at(layer)[…]`` or ``at(layer).channel(…)``, or several of these joined by ``&``. The signal then
             starts at the last of these layers and is restricted to the selected neurons in the others.
@@ -162,7 +162,7 @@ def receptive_fields(model: nn.Module, images: Tensor, layer: str, mask: Tensor)
     the pixels of a tile.
 
     Args:
-        model: The network.
+        model: The network that contains the layer.
         images: Inputs of shape ``(N, C, H, W)``.
         layer: Name of a module.
         mask: The neurons, of shape ``(N, *shape)``.

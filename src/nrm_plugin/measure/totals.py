@@ -53,7 +53,7 @@ class Totals:
     _last: tuple[Tensor, Tensor | None, Tensor | None] | None = None
 
     def relevance(self, tap: Tap) -> Tensor:
-        """Returns the relevance of a tap in ``stored``, of shape ``(N, *shape)``, or zeros if none arrived."""
+        """Returns the relevance of a tap in ``stored``, in shape ``(N, *shape)``, or zeros if none arrived."""
         if tap.place in self.maps:
             return self.maps[tap.place]
         return self.start.new_zeros(tap.shape, device=self.recording.graph.device(tap.place))

@@ -176,7 +176,7 @@ class Call:
 def explained_output(
     returned: Any, output: Output | None, batch: int, batched: bool = True, what: str = "the model's output"
 ) -> Tensor:
-    """Validates and returns the output tensor to explain, of shape ``(N, …)``.
+    """Validates and returns the output tensor to explain, whose shape is ``(N, …)``.
 
     Args:
         returned: The model's return value.

@@ -100,7 +100,7 @@ class TracedRecording:
         avoided: The shortcuts that must not be taken, or None for a recording without a trace.
 
     Attributes:
-        tracer: The tracer, or None without a trace.
+        tracer: The tracer, or None if the recording is not traced.
         recording: The recording of the forward pass.
         outputs: The outputs in the form ``(N, …)``, as returned by the model, and their differences from a reference.
         obstacle: Reason why the trace cannot be replayed for other inputs, or an empty string.
@@ -145,7 +145,7 @@ class TracedRecording:
         return nullcontext() if self.tracer is None else _Traced(self.tracer, self._avoided)
 
     def begin(self, start: Sequence[Tensor]) -> None:
-        """Sets the initial relevance of the outputs and, for a contrast, their weights, of shape ``(N, …)`` each."""
+        """Sets the initial relevance of the outputs and, for a contrast, their weights, each of shape ``(N, …)``."""
         if self.tracer is not None:
             outputs = [self.tracer.number(tensor) for tensor in self.outputs]
             numbers = [self.tracer.placeholder(tensor) for tensor in start]

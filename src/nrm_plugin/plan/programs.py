@@ -29,12 +29,12 @@ If the model or a rule reads a changed value, every call is recorded after this 
 
 @dataclass
 class QueryProgram:
-    """Program of one query.
+    """One query of a compiled program, with its cost and the structure of its results.
 
     Attributes:
-        program: The program, shared by all queries of one recording.
+        program: The compiled program, shared by all queries of one recording.
         number: Index of the query in the program.
-        form: The nested structure of the results.
+        form: How the results are nested in tuples, lists and dictionaries.
         cost: The cost of the query, in kernel evaluations and propagated vectors.
     """
 

@@ -327,7 +327,7 @@ class _Facts:
     """Properties of an operation that determine how it is traced.
 
     Attributes:
-        function: The operation.
+        function: The traced tensor operation.
         writes: Position and name of the overwritten arguments.
         is_recorded: Whether the operation is traced even if it reads only constants.
         makes_memory: Whether the results may be in newly allocated memory.

@@ -62,16 +62,17 @@ def flow_scene(
 
     Args:
         graph: Flow graph to lay out.
-        heading: The title.
-        caption: The text below the title.
-        key: The legend below the flow; a note about omitted ribbons is appended to it.
+        heading: Title of the figure. If ``finding`` is given, the heading is a smaller line above it.
+        caption: Text below the title.
+        key: Legend below the flow. A note about omitted ribbons is appended to it.
         width: Width in inches; by default 7.2, or more if there are more than three layers or long columns.
-        thumbnails: The thumbnails, keyed by node; only the keys are used.
+        thumbnails: Thumbnails, keyed by node; only the keys are used.
         ratio: Height-to-width ratio of the thumbnails.
-        photo_ratio: Height-to-width ratio of the photograph next to the caption, or None without a photograph.
-        notes: Alternative notes below the name of each node, from longest to shortest, keyed by node.
+        photo_ratio: Height-to-width ratio of the photograph next to the caption, or None if there is no photograph.
+        notes: Candidate notes to show below the name of each node, keyed by node. The candidates of a node are sorted
+            from longest to shortest, and the longest that fits is shown.
         counts: Number of channels of each group, keyed by node. It is shown where there is enough space.
-        finding: The main finding, which is the title. The heading is then a smaller line above it.
+        finding: The main finding, shown as the title.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.

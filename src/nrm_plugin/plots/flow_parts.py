@@ -55,7 +55,7 @@ class DrawnNode:
         node: The node of the flow graph.
         column: Index of the column, from the left.
         box: Bounding box of the whole node.
-        thumbnail: Position of the thumbnail, or None without a thumbnail.
+        thumbnail: Position of the thumbnail, or None if there is none.
         bars: Bars on both sides, where ribbons are attached, each with a tone: ``positive``, ``negative``, ``rest``,
             ``sink`` or ``bypass``.
         labels: Lines of text.
@@ -81,7 +81,7 @@ class Band:
         end: Right end point of the center line.
         width: Width of the ribbon.
         tone: As in :class:`DrawnNode`.
-        strength: Opacity.
+        strength: Opacity of the band.
     """
 
     lower: str
@@ -101,7 +101,7 @@ class Scene:
     Attributes:
         width: Width of the drawing.
         height: Height of the drawing.
-        photo: Position of the photograph, or None without a photograph.
+        photo: Position of the photograph, or None if there is none.
         labels: Title, caption and column headings.
         legend: Lines of the legend below the flow.
         nodes: The nodes of the flow.
@@ -137,7 +137,7 @@ class Sizes:
         sides: Thumbnail width in each column.
         lines: Number of text lines per node in each column.
         notes: Number of additional lines for notes per node in each column.
-        bare: Whether the channels of each column are named by their numbers alone for lack of space.
+        bare: Whether the channels of each column are named only by their numbers, for lack of space.
     """
 
     width: float

@@ -72,7 +72,7 @@ def text_figure(
         titles: One title per map.
         special: Tokens that are not text, such as ``tokenizer.all_special_tokens``. They are drawn in italics with a
             frame.
-        limit: Absolute relevance shown in the strongest colors; by default, the largest absolute value.
+        limit: Absolute relevance at which the colors saturate; by default, the largest absolute value.
         width: Width in inches. Longer lines are broken.
         heading: Title of the figure.
         dark: Whether to use a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
@@ -149,8 +149,8 @@ def words_html(
     Args:
         maps: The words of each map, with their values.
         titles: One title per map.
-        bound: Absolute relevance shown in the strongest colors.
-        is_cut: Whether any value exceeds ``bound``.
+        bound: Absolute relevance at which the colors saturate.
+        is_cut: Whether any value is clipped because its absolute value exceeds ``bound``.
         heading: Heading of the fragment.
         whole: Description of the total to which percentages refer.
     """
@@ -174,7 +174,7 @@ def _checked(
     """Validates the arguments of a plot.
 
     Returns:
-        The words of each map, the absolute relevance shown in the strongest colors, and True if any value exceeds it.
+        The words of each map, the absolute relevance at which the colors saturate, and True if any value exceeds it.
     """
     if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
         raise InputError("tokens must be a list of strings, as returned by tokenizer.convert_ids_to_tokens(ids).")

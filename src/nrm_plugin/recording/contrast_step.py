@@ -119,7 +119,7 @@ class ContrastStep(Step):
 
     Args:
         name: Name of the step.
-        output: The contrast.
+        output: The contrast ``g``, one value per sample.
         normalization: The normalization of the columns.
         rule: Name of the rule or operation.
         read: Function that constructs the kernel.
@@ -144,16 +144,16 @@ class ContrastStep(Step):
 
 
 def contrast_top(graph: Graph, samples: Samples, output: Tensor, vector: Tensor) -> Top:
-    """Returns the node of a contrast, to be placed on top of the graph.
+    """Returns a node that computes a contrast between the outputs, for use as the new root of the graph.
 
     Args:
         graph: The graph of a recording.
-        samples: The sample layouts of the recording.
+        samples: The position of the samples in each recorded tensor.
         output: The output of the model.
-        vector: The weights ``s``, of shape ``(N, …)``.
+        vector: The weights ``s`` of the outputs, of shape ``(N, …)``.
 
     Raises:
-        UnsupportedRuleError: If the rule of the layer is not defined by Zennit's modifiers.
+        UnsupportedRuleError: If the rule of the layer that computes the outputs is not defined by Zennit's modifiers.
         FoldingError: If no dimension of a tensor indexes the samples.
     """
     layout = samples.layout(graph.output)
@@ -317,7 +317,7 @@ def _connected(mask: Tensor) -> Tensor:
 
 
 def _chosen(rows: Tensor, index: Tensor | None) -> Tensor:
-    """Gathers elements of ``rows``, of shape ``(N, D)``, at the given indices. The index ``D`` selects 0."""
+    """Gathers elements of ``rows``, whose shape is ``(N, D)``, at the given indices. The index ``D`` selects 0."""
     return rows if index is None else torch.nn.functional.pad(rows, (0, 1)).gather(1, index)
 
 

@@ -46,7 +46,7 @@ class Coverage:
     """Steps of one forward pass, in execution order.
 
     Attributes:
-        rows: The steps.
+        rows: One row per step of the model.
         constants: Operations that combine computed values with constants, which can absorb relevance.
 
     Examples:

@@ -168,11 +168,11 @@ class Recording:
         return self.samples.layout(self.graph.output)
 
     def unfolded(self) -> Tensor:
-        """Returns the detached output, of shape ``(N, …)``."""
+        """Returns the detached output in shape ``(N, …)``."""
         return self._layout.unfold(self.output.detach())
 
     def outputs(self) -> Tensor:
-        """Returns a copy of the output, of shape ``(N, …)``, or as returned by the model with ``batched=False``."""
+        """Returns a copy of the output in shape ``(N, …)``, or as returned by the model with ``batched=False``."""
         return (self.unfolded() if self.samples.batched else self.output.detach()).clone()
 
     @property
@@ -190,7 +190,7 @@ class Recording:
         return 0.0 if self._other is None else 1e6 * LEAST[working_dtype(self.output.dtype)]
 
     def differences(self) -> Tensor:
-        """Returns the change of the output from the reference, of shape ``(N, …)``, with tiny numbers for zeros."""
+        """Returns the change of the output from the reference in shape ``(N, …)``, with tiny numbers for zeros."""
         assert self._other is not None
         return self.samples.layout(self.graph.output).unfold(difference(self.output.detach(), self._other).delta)
 

@@ -178,7 +178,7 @@ class Samples:
         """Determines the layouts of a tensor from the input samples on which each of its elements depends.
 
         Args:
-            buffer: The tensor.
+            buffer: The tensor whose layout is determined.
             known: The sample of each element, or -1 if it is unknown, to supplement the result.
 
         Returns:
@@ -257,7 +257,7 @@ class Samples:
         return total.index_add_(0, labels.clamp(min=0).flatten().long(), tensor.flatten())
 
     def checked_sums(self, tensor: Tensor, what: str, place: Place | None = None) -> Tensor:
-        """Sums a tensor at a place over the elements of each sample, of shape ``(N,)``.
+        """Sums a tensor at a place over the elements of each sample. Returns shape ``(N,)``.
 
         Raises:
             FoldingError: If the samples are unknown.

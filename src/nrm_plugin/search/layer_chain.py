@@ -61,7 +61,7 @@ class LayerChain:
         ]
 
     def first(self) -> Tensor:
-        """Returns the marginal of the first layer, of shape ``(n_0,)``."""
+        """Returns the marginal of the first layer, as a tensor of shape ``(n_0,)``."""
         return self.mu.marginal(self.atoms[0]).flatten()
 
     def propagate(self, level: int, vectors: Tensor) -> Tensor:

@@ -79,9 +79,10 @@ class MaxProduct:
                 self.completions[place] = self._completion(place)
 
     def walks(self, k: int, deadline: float = math.inf, expansions: int | None = None) -> list[NeuronPath]:
-        """Returns the ``k`` walks with the largest mass, or fewer if no other walk has mass or time runs out.
+        """Returns the ``k`` walks with the largest mass.
 
-        The first walk is always completed.
+        Fewer walks are returned if no others have nonzero mass, or if the deadline or the limit of expansions is
+        reached. Even then, the first walk is completed.
         """
         output = self.graph.output
         prefixes = self._continuations(None, output, self.start, k)
@@ -141,7 +142,7 @@ class MaxProduct:
         return best
 
     def _columns(self, place: Buffer, neurons: list[int]) -> Iterator[tuple[Buffer, Tensor]]:
-        """Yields kernel columns of the step that computes a tensor, of shape ``(K, in)`` for each input of the step."""
+        """Yields kernel columns of the step that computes a tensor, in shape ``(K, in)`` for each input."""
         vertex = self.graph.vertices[place.vertex]
         shape = vertex.shapes[place.number]
         unit_vectors = self.start.new_zeros((len(neurons), math.prod(shape)))

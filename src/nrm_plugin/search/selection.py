@@ -28,7 +28,7 @@ METRICS: tuple[Metric, ...] = ("mse", "smape")
 
 
 def mse(full: Tensor, restricted: Tensor) -> Tensor:
-    r"""Computes the mean squared error for each sample, of shape ``(N,)``.
+    r"""Computes the mean squared error of each sample, as a tensor of shape ``(N,)``.
 
     .. math:: \frac 1 n \sum_i (r_i - \hat r_i)^2
 
@@ -47,12 +47,13 @@ def mse(full: Tensor, restricted: Tensor) -> Tensor:
 
 
 def smape(full: Tensor, restricted: Tensor) -> Tensor:
-    r"""Computes the symmetric mean absolute percentage error for each sample, of shape ``(N,)``, between 0 and 200.
+    r"""Computes the symmetric mean absolute percentage error of each sample, as a tensor of shape ``(N,)``.
 
     .. math:: \frac{100}{n} \sum_i \frac{|r_i - \hat r_i|}{(|r_i| + |\hat r_i|) / 2}
 
-    Neurons that are zero in both tensors contribute 0 but count towards :math:`n`. Neurons that are zero in only one of
-    the tensors, or that have opposite signs, contribute 200 regardless of their magnitude.
+    The error is between 0 and 200. Neurons that are zero in both tensors contribute 0 but count toward :math:`n`.
+    Neurons that are zero in only one of the tensors, or that have opposite signs, contribute 200 regardless of their
+    magnitude.
 
     Args:
         full: Values of the full measure, of shape ``(N, …)``.
@@ -135,7 +136,7 @@ def restriction(
 
 
 def neuron_mask(mu: RelevanceMeasure, layer: str, mask: Tensor) -> Tensor:
-    """Expands a mask over channels or neurons to a mask over neurons, of shape ``(N, *shape)``.
+    """Expands a mask over channels or neurons to a mask over neurons, in shape ``(N, *shape)``.
 
     Raises:
         InputError: If the mask is not boolean or matches neither channels nor neurons.
@@ -301,7 +302,7 @@ class _GroupPool:
         return dict(zip(self.layers, torch.split(flat, self.counts, 1), strict=True))
 
     def masks(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Expands masks over groups to masks over neurons, of shape ``(N, *shape)``."""
+        """Expands masks over groups to masks over neurons, in shape ``(N, *shape)``."""
         return {layer: kept[layer][:, labels] for layer, labels in zip(self.layers, self.labels, strict=True)}
 
     def joint(self, kept: Tensor) -> tuple[Tensor, CurvePoint]:
@@ -350,7 +351,7 @@ def _ranked(pool: _GroupPool, joint: Tensor, kept: Tensor) -> Tensor:
 
 
 def _smallest_counts(pool: _GroupPool, order: Tensor, metric: Metric, limit: float) -> Tensor:
-    """Returns the smallest number of groups with an error within the limit for each sample, of shape ``(N,)``."""
+    """Returns, for each sample, the smallest number of groups whose error is within the limit, in shape ``(N,)``."""
     low = torch.full((len(order),), len(pool.layers), device=order.device)
     high = torch.full_like(low, pool.size)
     while bool((low < high).any()):

@@ -69,7 +69,7 @@ class CompletionBounds:
             self._add(level)
 
     def of_groups(self, level: int, relevance: Tensor) -> Tensor:
-        """Returns bounds on ``|μ|`` of the walks that extend a prefix by each group, of shape ``(groups,)``."""
+        """Returns bounds on ``|μ|`` of the walks that extend a prefix by each group, in shape ``(groups,)``."""
         size = relevance.abs()
         bounds = self.chain.sums(level, size * self.completions[level])
         table = self.tables[level]
