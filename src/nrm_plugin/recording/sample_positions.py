@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import FoldingError
 from ..model.shapes_without_values import is_valueless
 from ..model.targets import sample_sums
-from ..model.trace_guards import audit, is_traced, note_obstacle, untraced
+from ..model.trace_guards import audit, is_traced, note_not_replayable, untraced
 from .graph import Graph
 from .places import Buffer, Place, Sink
 from .propagation import Cost, Vectors, Visitor, pull, push
@@ -156,9 +156,9 @@ class Samples:
         return self.are_fixed and is_traced()
 
     def _repeatable(self, layout: Layout | None) -> Layout | None:
-        """Returns the layout unchanged. In a trace, notes an obstacle if it may be invalid for other values."""
+        """Returns the layout unchanged. Tells an active trace if the layout may be invalid for other values."""
         if self.has_constant_layouts and layout is not None and layout.is_assumed:
-            note_obstacle("some samples have no relevance in a tensor, so that their positions in it are unknown")
+            note_not_replayable("some samples have no relevance in a tensor, so that their positions in it are unknown")
         return layout
 
     def _holds(self, layout: Layout, labels: Tensor) -> bool:
