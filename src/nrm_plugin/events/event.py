@@ -189,9 +189,9 @@ class Atom(Event):
     """Walks that cross a tap (hook point) at one of the indexed neurons, or at any neuron if no index is given.
 
     Atoms are created by :func:`at`. With ``side="output"``, the tap is the tensor returned by the module. With
-    ``side="input"``, it is the input of the module, and only walks through this call are selected, not walks through
-    other consumers of the same tensor. ``side="sink"`` selects the walks that are absorbed in the module at the indexed
-    output neurons.
+    ``side="input"``, it is the input of the module, and only walks that enter this module are selected, not walks
+    through other consumers of the same tensor. ``side="sink"`` selects the walks that are absorbed by the module at the
+    indexed output neurons.
     """
 
     layer: str | nn.Module

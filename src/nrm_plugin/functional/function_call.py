@@ -171,8 +171,9 @@ class FunctionCall:
 
         Args:
             rule: The rule, such as ``zennit.rules.Norm()``.
-            to: Index of the input that receives relevance. The other inputs are constants.
-            run: Function of this input to which the rule is applied; by default, the called function.
+            to: Index of the input that receives relevance. The other inputs are treated as constants.
+            run: The function to apply the rule to, as a function of this input alone. Defaults to the intercepted
+                function.
         """
         values = self.values
 

@@ -30,7 +30,7 @@ class MaximumKernel(MultiplierKernel):
     """Kernel of maxima over groups of elements.
 
     Args:
-        call: The call on the input and on the reference.
+        call: The recorded calls for the input and the reference.
         pair: The elements at input and reference, of shape ``(*in)`` each.
         places: Argmax of each group at input and reference, of shape ``(*out)``, as indices into the flattened
             elements.

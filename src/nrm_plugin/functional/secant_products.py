@@ -25,7 +25,7 @@ class LinearKernel(MultiplierKernel):
     """Kernel of a layer with a constant weight, which propagates multipliers by the transposed linear map.
 
     Args:
-        call: The call on the input and on the reference.
+        call: The recorded calls for the input and the reference.
         maps: The linear map of the layer and its transpose.
         absolute: Function that returns the linear map with absolute weights.
     """

@@ -189,7 +189,7 @@ class RelevanceMeasure(Recorded):
 
     @query
     def sink(self, layer: Layer, kind: Kind | None = None) -> Tensor:
-        """Returns the mass absorbed above a tap, as a tensor of shape ``(N,)``.
+        """Returns the relevance absorbed between the output and a layer (tap), as a tensor of shape ``(N,)``.
 
         Args:
             layer: Tap name, module or ``at(…)``.
@@ -205,9 +205,9 @@ class RelevanceMeasure(Recorded):
 
     @query
     def sink_above(self, taps: Sequence[Atom]) -> Tensor:
-        """Returns the mass absorbed above at least one of several taps, as a tensor of shape ``(N,)``.
+        """Returns the relevance absorbed above any of the given taps, as a tensor of shape ``(N,)``.
 
-        The taps can be the tensors of a tuple, for example.
+        For example, the taps may be the tensors in a tuple returned by one module.
 
         Examples:
             >>> torch.equal(mu.sink_above(mu.taps_of("0")), mu.sink("0"))

@@ -72,7 +72,7 @@ def _colored(
     values = [row.tolist() for _, row in rows if row is not None]
     maps = [
         [
-            Word(word.text, value, word.is_spaced and number > 0, word.is_special)
+            Word(word.text, value, word.has_space_before and number > 0, word.is_special)
             for number, (word, value) in enumerate(zip(explanation.text.words, row, strict=True))
         ]
         for row in values

@@ -36,15 +36,15 @@ MIXED = 1e-3
 
 
 class Samples:
-    """Samples of a recording and the layout of each tensor.
+    """Position of the samples of a batch in each tensor of a recording (its layout).
 
     Args:
         graph: The graph of the recording.
         count: Number of samples.
         batched: Whether the inputs have a batch dimension. Otherwise, each tensor belongs to one sample.
         is_plain: Whether the samples are known to be independent rows of every tensor.
-        shapes_of_two: Function that returns the shape of each labeled tensor for two samples. It is called at most
-            once, when the position of a single sample is unknown.
+        shapes_of_two: Function that returns the shape of each named tensor in a run on two samples. It is called at
+            most once, if there is only one sample and its position is unknown.
 
     Attributes:
         leaves: Relevance of the inputs in the pass of :meth:`find`, keyed by vertex.
@@ -303,7 +303,7 @@ def _in_range(vectors: Vectors[int]) -> Vectors[int]:
 
 @dataclass(frozen=True)
 class _Labels:
-    """Sample of each element of a tensor, decoded from the ratios between vectors.
+    """Sample to which each element of a tensor belongs, decoded from the relative change of its relevance.
 
     Attributes:
         samples: The sample of each element, or -1 where no relevance arrives.
