@@ -77,7 +77,7 @@ class Expression:
 
 @dataclass
 class ComplexTensors:
-    """Expressions of the complex tensors of a forward pass."""
+    """The complex tensors of a forward pass, each as a function of the real tensors from which it was computed."""
 
     _expressions: dict[Any, Expression] = field(default_factory=dict)  # by autograd node
     _sources: dict[int, RealSource] = field(default_factory=dict)  # by identity of the tensor

@@ -1,4 +1,6 @@
-r"""Secant kernels of linear and multilinear functions, softmax and normalization layers, which propagate multipliers.
+r"""Secant (finite-difference) kernels of linear and multilinear functions, softmax and normalization layers.
+
+They propagate multipliers ``m``, the ratios of relevance ``R`` to the difference ``δ`` from the reference:
 
 .. math:: m_i = \sum_j \mathrm{slope}_{ij} m_j, \qquad R = \delta m
 
@@ -26,7 +28,7 @@ Multipliers = tuple[Tensor, ...]
 
 
 class MultiplierKernel(Kernel):
-    """Base class of kernels that propagate multipliers, the ratios of relevance to difference.
+    """Base class of kernels that propagate multipliers, the ratios of relevance to the difference from the reference.
 
     Args:
         call: The recorded calls for the input and the reference.
