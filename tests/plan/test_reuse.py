@@ -30,7 +30,7 @@ from nrm_plugin import (
     RelevanceMeasure,
     at,
 )
-from nrm_plugin.dataset.reference_search import find_references
+from nrm_plugin.dataset.example_search import find_references
 from nrm_plugin.plan import reuse
 from nrm_plugin.plan.planned_measure import PlannedMeasure
 from nrm_plugin.plan.programs import QueryProgram

@@ -27,8 +27,8 @@ from ..kernels.normalization import Residual
 from ..measure.attention_events import head_count
 from ..measure.measure import RelevanceMeasure
 from ..model.contrast import REST
-from .terminal_output import REST as THE_REST
-from .terminal_output import lines
+from .terminal_text import REST as THE_REST
+from .terminal_text import lines
 from .text_predictions import Task, task_of, tokenized
 from .words import Tokens, Word
 

@@ -23,7 +23,7 @@ from ..kernels.base import Kernel
 from .differences import DifferenceCall, secant_of
 from .function_call import FunctionCall
 from .function_kernels import sum_to_shape
-from .secant_maps import MultiplierKernel, Multipliers
+from .secant_kernels import MultiplierKernel, Multipliers
 
 
 class MaximumKernel(MultiplierKernel):

@@ -17,7 +17,7 @@ from ..model.linear_maps import LinearMap, explicit_maps
 from .differences import DifferenceCall, secant_of
 from .function_call import FunctionCall
 from .products import changed_constants, constants_of
-from .secant_maps import MultiplierKernel, Multipliers, PathKernel
+from .secant_kernels import MultiplierKernel, Multipliers, PathKernel
 from .weighted_functions import twin_of_call
 
 

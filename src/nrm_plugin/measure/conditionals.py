@@ -16,7 +16,7 @@ from ..events.event import Event
 from ..recording.places import Buffer, Edge, Place
 from ..recording.propagation import Cost
 from ..recording.taps import Tap
-from .event_diagram import FALSE, TRUE, DecisionDiagram
+from .decision_diagram import FALSE, TRUE, DecisionDiagram
 from .layer_taps import is_below
 from .masked_vectors import masked
 

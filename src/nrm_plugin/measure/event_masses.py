@@ -18,7 +18,7 @@ from ..recording.propagation import Cost, Vectors, pull
 from ..recording.recording import Recording
 from .attention_events import plain
 from .conditionals import Conditionals
-from .event_diagram import FALSE, TRUE, DecisionDiagram
+from .decision_diagram import FALSE, TRUE, DecisionDiagram
 from .masked_vectors import add_to, masked
 from .memory_budget import in_chunks, width_of
 

@@ -28,11 +28,11 @@ from .group_search import K
 from .groups import Over, over_each
 from .layer_groups import Groups
 from .layer_taps import Layer, layer_list, several_layers
-from .measure_properties import Recorded
 from .memory_budget import check_memory
 from .partitions import Names
 from .query_description import explanation
 from .query_passes import query
+from .recording_properties import Recorded
 from .references import Slopes, composite_of, reference_of
 from .start import start_of
 from .totals import pass_totals

@@ -22,7 +22,7 @@ from ..recording.recording import Recording
 from ..recording.taps import Tap
 from .conditionals import Conditionals, are_below, check_below
 from .conditions import check_condition, check_event, event_list
-from .event_diagram import DecisionDiagram
+from .decision_diagram import DecisionDiagram
 from .event_masses import EventResult, event_results
 from .finite_results import check_finite
 from .groups import Over, pair_of, summed

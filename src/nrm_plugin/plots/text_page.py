@@ -8,7 +8,7 @@ from html import escape
 import torch
 from torch import Tensor
 
-from ..attribution.terminal_output import KINDS, REST, number
+from ..attribution.terminal_text import KINDS, REST, number
 from ..attribution.text import Row, TextExplanation
 from .ribbons import percent
 from .text import Word, words_html

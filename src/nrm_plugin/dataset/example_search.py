@@ -1,4 +1,4 @@
-"""Relevance maximization: reference examples of channels and events, from one pass over the data."""
+"""Search for reference examples, the samples with the most relevance for a channel or event, in one pass over the data."""
 
 from __future__ import annotations
 
