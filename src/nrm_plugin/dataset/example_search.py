@@ -1,4 +1,4 @@
-"""Search for reference examples, the samples with the most relevance for a channel or event, in one pass over the data."""
+"""Search for reference examples: the samples with the most relevance for channels and events, in one pass."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from ..model.inputs_and_outputs import Call
 from ..recording.recording import Reference
 from .planned_measure import PlannedMeasure, Settings, TracedRecording
 from .program import Program
-from .programs import Programs
+from .program_cache import Programs
 from .trace import Operation, Value, mapped
 
 aten = torch.ops.aten

@@ -26,7 +26,7 @@ from .export import explained_model, save
 from .keys import call_key, shapes_of
 from .model_state import ModelState, hooked, settings
 from .planned_measure import PlannedMeasure, Settings, TracedRecording
-from .programs import Programs, memory_of
+from .program_cache import Programs, memory_of
 
 MOST = 8
 """Maximum number of call forms for which programs are stored."""

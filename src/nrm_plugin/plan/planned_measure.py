@@ -26,7 +26,7 @@ from ..recording.recording import Recording, Reference
 from .keys import frozen
 from .model_state import ModelState
 from .program import ChangedValueError, Program
-from .programs import Key, Programs, QueryProgram, TracedQueries
+from .program_cache import Key, Programs, QueryProgram, TracedQueries
 from .tracer import Tracer
 
 

@@ -9,7 +9,7 @@ from zennit.composites import EpsilonPlus
 
 from nrm_plugin import Normalized, Plan, RelevanceMeasure
 from nrm_plugin.plan import planned_measure
-from nrm_plugin.plan.programs import FAILURES
+from nrm_plugin.plan.program_cache import FAILURES
 
 BRANCHES, WIDTH = 8, 2
 RULES = Normalized(EpsilonPlus())
