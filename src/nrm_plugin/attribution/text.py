@@ -302,12 +302,12 @@ def _reference(task: Task, tokenizer: Any, reference: str) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Words:
-    """Relevance of the tokens and words of a text.
+    """Computes the relevance of the tokens and words of a text from a measure.
 
     Attributes:
         mu: The measure to query.
-        ends: Names of the token taps, at which walks end.
-        task: Prediction that is explained.
+        ends: Names of the token embeddings in the measure, at which walks (paths from the output down) end.
+        task: Text and prediction that are explained.
     """
 
     mu: RelevanceMeasure

@@ -1,7 +1,7 @@
 """Events: sets of walks, defined by Boolean formulas over the neurons that a walk crosses.
 
-Events do not depend on a model. Their atoms refer to taps by name. The names are resolved when a measure evaluates the
-event.
+Events do not depend on a model. Their atoms, such as ``at("conv1")[3]``, refer to recorded tensors by layer name. The
+names are resolved when a measure evaluates the event.
 """
 
 from __future__ import annotations
