@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -152,8 +153,7 @@ class Taps:
             return None
         name = layer.replace("hook_", "")
         for spelling, known in SYNONYMS.items():
-            if name.endswith(f".{spelling}"):
-                name = name.removesuffix(spelling) + known
+            name = re.sub(spelling, known, name)
         tap = self.sites.get(name)
         return None if tap is None else self._labels[id(tap)]
 
