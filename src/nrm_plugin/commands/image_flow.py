@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..dataset.images import LoadedImage
 from ..errors import NRMError, printable
-from ..measure.flow_graph import FlowGraph
+from ..measure.flow_graph import FlowGraph, FlowLayer
 from ..measure.flow_heat_maps import MappedFlow, NodeMaps, mapped_flow
 from ..measure.layer_groups import Groups
 from ..measure.layer_profile import ProfileRow, profile
@@ -49,6 +49,8 @@ from .request import Against, Request, RequestError, check_layers, compared_with
 
 MOST_PASSES, LISTED_WALKS = 150, 12
 """Maximum number of partial passes for walks over groups and number of walks listed on the page."""
+NO_REST = 1e-6
+"""Absolute relevance below which the outputs that are not shown have none."""
 LEAST_NEXT = 0.01
 """Softmax value above which a caption mentions the second class."""
 LOWERS = ("what lowers the score", "what raises it")
@@ -185,12 +187,19 @@ def _flow(
 
 def _walks(mu: RelevanceMeasure, graph: FlowGraph, groups: Groups | None) -> Walks:
     """Returns the strongest walks over groups, or an empty list if computing them would take too many passes."""
-    if groups is None or not all(layer.name in groups.layers and not layer.others for layer in graph.layers):
+    if groups is None or not all(layer.name in groups.layers and _shows_all(layer) for layer in graph.layers):
         return []
     counts = [len(groups.names[groups.layers.index(layer.name)]) for layer in graph.layers]
     if len(counts) < 3 or least_passes(counts) > MOST_PASSES:
         return []
-    return group_walks(mu, [layer.name for layer in graph.layers], groups).through_nodes(LISTED_WALKS)
+    shown = {node.key for node in graph.nodes if node.kind == "group"}
+    walks = group_walks(mu, [layer.name for layer in graph.layers], groups).through_nodes(LISTED_WALKS)
+    return [(keys, mass) for keys, mass in walks if shown.issuperset(keys)]
+
+
+def _shows_all(layer: FlowLayer) -> bool:
+    """Returns True if the shown groups of a layer have all of its relevance, such as a single explained class."""
+    return not layer.others or (layer.name == "output" and abs(layer.rest) < NO_REST)
 
 
 def _write(

@@ -79,8 +79,9 @@ def sankey(
     scene = scene_of(graph, "", "", thumbnails, None, width, signs, maps_at, pairs=pairs, counts=counts, finding="")
     said = flow_caption(graph, walks=walks) if caption is None else caption
     title = flow_finding(graph) if finding is None else finding
-    data = json.dumps(_data(graph, scene, pairs or {}, walks), allow_nan=False).replace("<", "\\u003c")
-    names = {node.node.key: node for node in scene.nodes}
+    names = {node.key: node_name(counted(node, counts or {})) for node in graph.nodes}
+    data = json.dumps(_data(graph, scene, names, pairs or {}, walks), allow_nan=False).replace("<", "\\u003c")
+    nodes = {node.node.key: node for node in scene.nodes}
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">',
@@ -95,9 +96,9 @@ def sankey(
         DEFINITIONS,
         *(_text(label) for label in scene.labels),
         '<g class="bands">',
-        *(_band(number, band, names) for number, band in enumerate(scene.bands)),
+        *(_band(number, band, nodes) for number, band in enumerate(scene.bands)),
         "</g>",
-        *(_node(node, thumbnails) for node in scene.nodes),
+        *(_node(node, names[node.node.key], thumbnails) for node in scene.nodes),
         f'</svg>\n<p class="legend">{escape(" ".join(line.text for line in scene.legend))}</p>',
         f"{_table(graph, counts or {})}\n</main>",
         '<div id="tip" hidden></div>',
@@ -223,9 +224,9 @@ def _band(number: int, band: Band, nodes: Mapping[str, DrawnNode]) -> str:
     return f'<path class="band {band.tone}" data-band="{number}" d="{path}" opacity="{band.strength}"/>'
 
 
-def _node(node: DrawnNode, thumbnails: NodeThumbnails | None) -> str:
+def _node(node: DrawnNode, name: str, thumbnails: NodeThumbnails | None) -> str:
     box = node.box
-    name = f"{node.node.layer}, {node_name(node.node)}: {percent(node.node.mass)}"
+    name = f"{node.node.layer}, {name}: {percent(node.node.mass)}"
     parts = [
         f'<g class="node" role="button" tabindex="-1" aria-pressed="false" aria-label="{escape(name)}" '
         f'data-key="{escape(node.node.key)}">',
@@ -259,14 +260,14 @@ def _encoded(pixels: Pixels) -> str:
 # -- numbers --------------------------------------------------------------------------------------------------------
 
 
-def _data(graph: FlowGraph, scene: Scene, pairs: Pairs, walks: Walks = ()) -> dict[str, Any]:
+def _data(graph: FlowGraph, scene: Scene, names: Mapping[str, str], pairs: Pairs, walks: Walks = ()) -> dict[str, Any]:
     """Returns the data of the page: nodes with their columns, ribbons, and joint relevance of pairs of nodes."""
     keys = [node.node.key for node in scene.nodes]
     place = {key: number for number, key in enumerate(keys)}
     joint = {(edge.upper.key, edge.lower.key): edge.mass for edge in graph.edges} | dict(pairs)
     return {
         "nodes": [
-            {"key": node.node.key, "name": node_name(node.node), "layer": node.node.layer, "column": node.column,
+            {"key": node.node.key, "name": names[node.node.key], "layer": node.node.layer, "column": node.column,
              "kind": node.node.kind, "mass": node.node.mass, "bars": len(node.bars)}
             for node in scene.nodes
         ],

@@ -71,10 +71,10 @@ def standing_out(graph: FlowGraph, pairs: Pairs) -> dict[str, tuple[str, ...]]:
             continue
         most = max(parts, key=shares.__getitem__)
         said, other = f"{node_name(most)} {percent(shares[most])}", f"{HIGH}{node_name(high)}"
-        short = f"{region_name(most)}: {percent(shares[most])}"
+        shorter = [f"{name}: {percent(shares[most])}" for name in (node_name(most), region_name(most))]
         longer = f"most: {said}{other} {percent(shares[high])}"
         if shares[most] <= 1:
-            notes[node.key] = (*(() if most is high else (longer,)), f"most: {said}", said, short)
+            notes[node.key] = (*(() if most is high else (longer,)), f"most: {said}", *shorter)
     return notes
 
 
