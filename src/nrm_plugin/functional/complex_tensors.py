@@ -40,7 +40,7 @@ class RealSource:
 
 @dataclass(frozen=True, eq=False)
 class Expression:
-    """Result of a function call, expressed as a function of real tensors.
+    """Complex tensor, expressed as a function of the real tensors from which it was computed.
 
     Attributes:
         name: Name of the first function that returned a complex tensor.

@@ -24,7 +24,7 @@ from .rule_branch_kernel import BranchKernel
 
 
 class Holder(Protocol):
-    """Interface of objects that recompute the freed tensors of a step."""
+    """Interface of objects that run the model again to recompute the freed tensors of a step (call with a kernel)."""
 
     def fill(self, step: Step) -> None:
         """Recomputes the tensors of a step. They remain available until the tensors of another step are requested."""
@@ -214,7 +214,7 @@ def _scaled(relevance: Tensor, gain: Tensor | None) -> Tensor:
 
 
 class FunctionStep(Step):
-    """Step of a function call.
+    """Call of a function, as a node of the computation graph with a normalized kernel.
 
     Args:
         name: Name of the function.
@@ -248,7 +248,7 @@ class FunctionStep(Step):
 
 
 class Link(torch.autograd.Function):
-    """Autograd function that links the output of a step to its inputs and whose gradient is the relevance."""
+    """Autograd function that links the output of a layer or function to its inputs; its gradient is relevance."""
 
     @staticmethod
     def forward(ctx: Any, step: Step, holder: list[Any], *inputs: Tensor) -> Tensor:

@@ -30,12 +30,12 @@ Pairs = frozenset[Pair]
 
 @dataclass(frozen=True)
 class EventResult:
-    """Mass and variation of one event and its joint relevance with the neurons of stored taps.
+    """Mass and variation of one event, and its joint relevance with the neurons of selected layers.
 
     Attributes:
         mass: ``μ(event)``, of shape ``(N,)``.
         variation: Σ|μ| over the neurons at which it is decided that walks belong to the event, of shape ``(N,)``.
-        maps: ``μ(j & event)`` at each stored tap, of shape ``(N, *shape)``.
+        maps: ``μ(j & event)`` for the neurons ``j`` of each selected layer, of shape ``(N, *shape)``.
     """
 
     mass: Tensor

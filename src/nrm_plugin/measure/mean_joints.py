@@ -38,7 +38,7 @@ class Measure(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class MeanJoints:
-    """Mean joint relevance of the members of consecutive layers.
+    """Mean joint relevance of the members (channels, positions) of consecutive layers.
 
     Attributes:
         layers: Names of the layers, from the output to the input.

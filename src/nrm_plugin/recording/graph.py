@@ -55,7 +55,7 @@ _WITH_CONSTANTS = frozenset(
 
 @dataclass
 class Vertex:
-    """Autograd node in the graph of a recording.
+    """Node in the graph of a recording: a step, which propagates relevance by a kernel, or a route, which copies.
 
     Attributes:
         node: Node of the autograd graph.

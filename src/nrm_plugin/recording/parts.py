@@ -65,7 +65,7 @@ class Watcher(Protocol):
 
 @dataclass
 class _Open:
-    """Running module, with its call index, the index of its first step, and its arguments."""
+    """Module that is running, with the index of the call, the number of steps before it, and its arguments."""
 
     module: nn.Module
     name: str

@@ -337,7 +337,7 @@ class _Labels:
 
 
 class _Finder(Visitor[int]):
-    """Visitor that determines the layout of each tensor in a pass of encoded relevance."""
+    """Callbacks of a pass that determine which dimension of each tensor indexes the samples."""
 
     def __init__(self, samples: Samples) -> None:
         self.samples = samples

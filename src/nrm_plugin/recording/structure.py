@@ -18,7 +18,7 @@ from .taps import Label, Observed, Taps
 
 
 class Structure:
-    """Structure of a recording: the graph, the taps (hook points), and the sample layout of each tensor.
+    """Structure of a recording: the graph, the taps (named tensors), and the position of the samples in each tensor.
 
     On construction, an error is raised if an operation of the graph has no kernel.
 
