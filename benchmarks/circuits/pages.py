@@ -28,7 +28,7 @@ def circuits(results: Results) -> dict[str, str]:
         if any(net["scores"][score][key][0] for net in nets)
     ]
     kinds = (f"{name}, {net['edges']:,} edges" for name, net in results["nets"].items())
-    tables["differences"] = grid(f"| Δ CMD to the reference measure | {' | '.join(kinds)} |", rows)
+    tables["differences"] = grid(f"| Δ CMD relative to the reference measure | {' | '.join(kinds)} |", rows)
     if "cost" in results:
         costs = ([job, *(f"{net[job]:.1f}" for net in results["cost"].values())] for job in results["cost"]["vgg16"])
         tables["cost"] = grid(f"| method | {' | '.join(results['cost'])} |", costs)

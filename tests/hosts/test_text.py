@@ -67,7 +67,9 @@ def test_words_are_those_of_the_text(name, folders):
     model, tokenizer = build(name)
     explanation = explain_text(model, tokenizer, TEXT)
     words = [word for word in explanation.text.words if not word.is_special]
-    assert "".join(" " * (word.is_spaced and number > 0) + word.text for number, word in enumerate(words)) == TEXT
+    assert (
+        "".join(" " * (word.has_space_before and number > 0) + word.text for number, word in enumerate(words)) == TEXT
+    )
     assert "unbelievably" in " ".join(word.text for word in words)
 
 

@@ -27,8 +27,8 @@ from ..kernels.normalization import Residual
 from ..measure.attention_events import head_count
 from ..measure.measure import RelevanceMeasure
 from ..model.contrast import REST
-from .terminal_output import REST as THE_REST
-from .terminal_output import lines
+from .terminal_text import REST as THE_REST
+from .terminal_text import lines
 from .text_predictions import Task, task_of, tokenized
 from .words import Tokens, Word
 
@@ -302,12 +302,12 @@ def _reference(task: Task, tokenizer: Any, reference: str) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Words:
-    """Relevance of the tokens and words of a text.
+    """Computes the relevance of the tokens and words of a text from a measure.
 
     Attributes:
         mu: The measure to query.
-        ends: Names of the token taps, at which walks end.
-        task: Prediction that is explained.
+        ends: Names of the token embeddings in the measure, at which walks (paths from the output down) end.
+        task: Text and prediction that are explained.
     """
 
     mu: RelevanceMeasure

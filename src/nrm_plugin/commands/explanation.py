@@ -161,7 +161,7 @@ def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> E
         NRMError: If no measure of the model can be constructed with these rules.
     """
     inputs = loaded.preprocessing(source.image).to(request.device)
-    ground = ground_name(loaded, inputs) if request.finds_ground else None
+    ground = ground_name(loaded, inputs) if request.finds_background else None
     on_ground = None if ground is None else _on_ground(loaded, source, inputs, request, ground)
     if isinstance(on_ground, Explanation):
         return on_ground
@@ -181,7 +181,7 @@ def _on_ground(
         request: Settings of the computation.
         ground: The color of the background, as the name of a reference.
     """
-    request = replace(request, composite=SECANTS, reference=ground, layers_reference=None, finds_ground=False)
+    request = replace(request, composite=SECANTS, reference=ground, layers_reference=None, finds_background=False)
     note = f"the plain background of the image, {ground}, is not its reference: "
     try:
         alone = measure_of(loaded, inputs, replace(request, against=NONE))

@@ -52,13 +52,13 @@ class Request:
         composite: Name of the composite in Zennit's registry, or :data:`SECANTS`.
         residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
         gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        device: Device of the computation.
-        channels: Number of channels per layer with a heat map.
+        device: Device to compute on.
+        channels: Number of channels per layer for which heat maps are drawn.
         reference: Name or file of the reference image, or None if there is none.
         map: Heat maps to plot, such as :data:`~nrm_plugin.commands.options.BOTH`, or None for commands without
             ``--map``.
         layers_reference: Reference image used only for the map of late layers, or None.
-        finds_ground: Whether to use the plain background of an image, if it has one, as its reference.
+        finds_background: Whether to use the plain background of an image, if it has one, as its reference.
     """
 
     target: str | None = None
@@ -73,7 +73,7 @@ class Request:
     reference: str | None = None
     map: str | None = None
     layers_reference: str | None = None
-    finds_ground: bool = False
+    finds_background: bool = False
 
 
 def check_device(name: str) -> torch.device:

@@ -113,7 +113,7 @@ def crops(
         InputError: If the samples are not images.
 
     Examples:
-        >>> from nrm_plugin.dataset.reference_search import find_references
+        >>> from nrm_plugin.dataset.example_search import find_references
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
         >>> data = torch.utils.data.TensorDataset(torch.rand(20, 1, 8, 8), torch.randint(2, (20,)))
         >>> references = find_references(net, data, ["0"], k=3)

@@ -1,4 +1,4 @@
-"""Steps for the ``autograd.Function`` classes of a model. No mode observes their calls; they are found in the graph.
+"""Propagation through the ``autograd.Function`` classes of a model, which are found in the autograd graph.
 
 An elementwise function propagates relevance like an activation, through a step attached to its autograd node. It must
 pass two tests: its Jacobian, computed by its ``backward`` at the values of the pass, is diagonal, and no output element

@@ -133,7 +133,7 @@ def _smallest(bias: Tensor) -> Tensor | None:
 
 
 class _Probe:
-    """Evaluations of a call's function at other inputs.
+    """Evaluates the function of a call at test inputs to find out whether it is affine and what its matrix is.
 
     Args:
         call: The call whose function is evaluated.

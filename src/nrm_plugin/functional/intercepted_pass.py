@@ -47,7 +47,7 @@ from .observed_call import ObservedCall, source_line
 from .registry import KERNELS, KernelFactory
 from .rowwise_functions import keeps_rows
 from .rules_on_differences import has_any_rule
-from .secant_maps import polynomial
+from .secant_kernels import polynomial
 from .secants import elementwise
 from .unsupported import UnknownKernel, consists_of_routes, is_elementwise, uncovered_layer_error
 from .weighted_functions import channel_dim, layer_call

@@ -20,7 +20,7 @@ from ..model.shapes_without_values import PLAIN
 
 
 class Saved:
-    """Tensor that a step needs in the backward pass, protected from later in-place operations.
+    """Tensor that a step (call with a kernel) needs in the backward pass, protected from later in-place operations.
 
     Args:
         tensor: The tensor to save.
@@ -130,7 +130,7 @@ class _Running(threading.local):
 
 
 class Listener(Protocol):
-    """Interface of objects that are notified of the steps and functions of a forward pass.
+    """Interface of objects that are notified of the steps (calls with a kernel) and functions of a forward pass.
 
     Attributes:
         indices: The integer inputs, as the tensor objects that are passed to the model.
@@ -178,7 +178,7 @@ def is_in_module_step() -> bool:
 
 
 class not_recorded:  # noqa: N801  # a class, since entering a generator-based context takes three times as long
-    """Context manager in which operations are not recorded as steps."""
+    """Context manager in which operations are computed but do not become steps of the recording."""
 
     __slots__ = ()
 

@@ -1,4 +1,4 @@
-"""Conversion of attention heads, tokens and query-key pairs into events over the taps of a recording."""
+"""Conversion of events on attention heads, tokens and query-key pairs into events on recorded tensors (taps)."""
 
 from __future__ import annotations
 

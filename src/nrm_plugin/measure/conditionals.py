@@ -16,21 +16,22 @@ from ..events.event import Event
 from ..recording.places import Buffer, Edge, Place
 from ..recording.propagation import Cost
 from ..recording.taps import Tap
-from .event_diagram import FALSE, TRUE, DecisionDiagram
+from .decision_diagram import FALSE, TRUE, DecisionDiagram
 from .layer_taps import is_below
 from .masked_vectors import masked
 
 
 class Conditionals:
-    """Transposed pass that computes ``μ(event given j)`` for every neuron ``j`` of each tap.
+    """Upward pass that computes ``μ(event given j)`` for every neuron ``j`` of each tap (named tensor).
 
-    Values are propagated upward through the recorded graph, one per undecided node of the decision diagram. The pass
-    starts at the graph's vertices that decide whether a walk belongs to the event.
+    Conditional masses are propagated from the inputs upward through the recorded graph, by transposed kernels. A
+    decision diagram states what remains to be decided about a walk; there is one mass per neuron and undecided node of
+    the diagram. The pass starts at the vertices of the graph that decide whether a walk belongs to the event.
 
     Args:
         diagram: The decision diagram for the events.
         places: Taps at which to compute conditional masses.
-        nodes: The diagram nodes that a walk can reach by crossing one of these taps.
+        nodes: The nodes of the diagram that a walk can reach by crossing one of these taps.
         like: A tensor with the same dtype as the relevance.
     """
 

@@ -1,7 +1,7 @@
-"""Sink, bypass and variation of each tap, computed from the totals of a pass.
+"""Sink, bypass and variation of each tap (named tensor), computed from the sums accumulated in one pass.
 
-At each tap, ``mass + sink + bypass = 1``. The three terms are accumulated independently, so their sum is a check of the
-computation.
+The sink is the relevance absorbed above the tap, and the bypass that of walks around it. At each tap, ``mass + sink +
+bypass = 1``. The three terms are accumulated independently, so their sum is a check of the computation.
 
 Source: docs/measure.md.
 """

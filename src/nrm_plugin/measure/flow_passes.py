@@ -31,11 +31,11 @@ POSITIONS = 48
 
 
 class FlowPasses:
-    """Passes that compute the joint relevance between the nodes of a flow, for all pairs of layers.
+    """Computes the joint relevance between the nodes of a flow graph, for all pairs of layers, in one pass per layer.
 
     Args:
         mu: The measure whose flow is computed.
-        taps: The layers, from the output to the input.
+        taps: The recorded tensors of the layers, from the output to the input.
         labels: Node index of each neuron in each layer.
         maps: The tap whose positions form the heat maps, or None for no heat maps.
 

@@ -35,7 +35,7 @@ RANK = 8
 
 
 class PairJoints:
-    """Joint relevance between the members of consecutive layers.
+    """Computes the joint relevance between the members (channels, positions or neurons) of consecutive layers.
 
     If the last layer is the image, the computation uses the positions of a layer that all walks to the image cross.
     This takes fewer and shorter passes; see :func:`~nrm_plugin.measure.flow_passes.map_tap`.

@@ -222,7 +222,7 @@ def _keeps_channels(recording: Recording, vertex: Vertex) -> bool:
 
 
 class _Collect(Visitor[int]):
-    """Visitor that collects the relevance arriving at several taps and stops the pass below the last of them."""
+    """Callbacks of a pass that collect the relevance arriving at several tensors and stop the pass below the last."""
 
     def __init__(self, recording: Recording, lowers: Sequence[Tap]) -> None:
         self.recording = recording

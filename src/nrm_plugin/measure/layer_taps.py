@@ -1,4 +1,4 @@
-"""Lookup of the taps for the layers in a query and their order along walks."""
+"""Lookup of the recorded tensors (taps) that the layers in a query name, and their order along walks."""
 
 from __future__ import annotations
 

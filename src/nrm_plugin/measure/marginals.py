@@ -1,4 +1,4 @@
-"""Relevance of every neuron of one or several taps: marginal, joint with events, or conditional on events."""
+"""Relevance of every neuron of one or several recorded tensors: marginal, joint with events, or conditional on them."""
 
 from __future__ import annotations
 

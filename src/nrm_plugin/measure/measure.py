@@ -28,11 +28,11 @@ from .group_search import K
 from .groups import Over, over_each
 from .layer_groups import Groups
 from .layer_taps import Layer, layer_list, several_layers
-from .measure_properties import Recorded
 from .memory_budget import check_memory
 from .partitions import Names
 from .query_description import explanation
 from .query_passes import query
+from .recording_properties import Recorded
 from .references import Slopes, composite_of, reference_of
 from .start import start_of
 from .totals import pass_totals
@@ -189,7 +189,7 @@ class RelevanceMeasure(Recorded):
 
     @query
     def sink(self, layer: Layer, kind: Kind | None = None) -> Tensor:
-        """Returns the mass absorbed above a tap, as a tensor of shape ``(N,)``.
+        """Returns the relevance absorbed between the output and a layer (tap), as a tensor of shape ``(N,)``.
 
         Args:
             layer: Tap name, module or ``at(…)``.
@@ -205,9 +205,9 @@ class RelevanceMeasure(Recorded):
 
     @query
     def sink_above(self, taps: Sequence[Atom]) -> Tensor:
-        """Returns the mass absorbed above at least one of several taps, as a tensor of shape ``(N,)``.
+        """Returns the relevance absorbed above any of the given taps, as a tensor of shape ``(N,)``.
 
-        The taps can be the tensors of a tuple, for example.
+        For example, the taps may be the tensors in a tuple returned by one module.
 
         Examples:
             >>> torch.equal(mu.sink_above(mu.taps_of("0")), mu.sink("0"))

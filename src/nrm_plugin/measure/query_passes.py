@@ -1,4 +1,4 @@
-"""Execution of queries as passes over the recording of a measure."""
+"""Execution of queries as passes that propagate relevance over the recorded graph of a measure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..recording.recording import Recording
 from ..recording.taps import Tap
 from .conditionals import Conditionals, are_below, check_below
 from .conditions import check_condition, check_event, event_list
-from .event_diagram import DecisionDiagram
+from .decision_diagram import DecisionDiagram
 from .event_masses import EventResult, event_results
 from .finite_results import check_finite
 from .groups import Over, pair_of, summed
@@ -55,7 +55,7 @@ class QueryPasses:
     """Base class of :class:`RelevanceMeasure` that stores the recording and runs passes over it.
 
     Attributes:
-        cost: Number of kernels that the last query evaluated and of relevance vectors that they propagated.
+        cost: Cost of the last query: the number of evaluated kernels and of propagated relevance vectors.
     """
 
     cost: Cost

@@ -13,7 +13,7 @@ from .difference_start import difference_start
 
 
 class Outputs(Protocol):
-    """Protocol for recordings from which the initial relevance can be computed."""
+    """Protocol for objects with the outputs of a model, such as a recording, that provide the initial relevance."""
 
     references: int
 

@@ -1,4 +1,4 @@
-"""Masses of taps, sinks and branches, accumulated in one pass over a recording."""
+"""Sums of relevance over each recorded tensor (tap), each sink and each edge, accumulated in one pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass
 class Totals:
-    """Masses of taps, sinks and branches, accumulated in one pass over a recording.
+    """Sums of relevance over each recorded tensor (tap), each sink and each edge, accumulated in one pass.
 
     Sums have shape ``(N,)`` and are None if the samples cannot be distinguished within a tensor.
 

@@ -69,6 +69,8 @@ def _in_float32(value: Any) -> Any:
 
 
 class _Current(threading.local):
+    """Thread-local state of mixed precision."""
+
     def __init__(self) -> None:
         self.dtype: torch.dtype | None = None
 

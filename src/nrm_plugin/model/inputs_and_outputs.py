@@ -37,7 +37,7 @@ NOT_JOINED = (
 
 
 class Call:
-    """Arguments of a call of the model: the tensors that receive relevance and all other arguments.
+    """Arguments with which the model is called: the tensors that receive relevance, and all others.
 
     Args:
         inputs: A tensor, a tuple of tensors, or a mapping whose items are passed as keyword arguments. In a mapping,

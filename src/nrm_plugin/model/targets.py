@@ -102,7 +102,7 @@ def normalized(start: Tensor) -> Tensor:
 
 
 class Neurons:
-    """Callable that computes the start vector of the neurons chosen by Captum's ``neuron_selector``.
+    """Function of a layer's output that returns the initial relevance of the neurons chosen by ``neuron_selector``.
 
     Args:
         selector: As Captum's ``neuron_selector``: an int, a tuple of ints and slices, or a function of the output of

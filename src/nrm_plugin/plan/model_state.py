@@ -1,4 +1,4 @@
-"""The state of the model and composite on which a plan depends."""
+"""Detection of changes to the model or composite that would invalidate a plan."""
 
 from __future__ import annotations
 

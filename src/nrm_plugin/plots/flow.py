@@ -19,8 +19,8 @@ from ..measure.flow_heat_maps import NodeMaps
 from .flow_caption import Walks, flow_caption, named_walks
 from .flow_columns import has_off, region_name
 from .flow_finding import flow_finding
-from .flow_key import SIGNS, key_text
 from .flow_layout import flow_scene
+from .flow_legend import SIGNS, key_text
 from .flow_notes import Counts, Pairs, standing_out
 from .flow_parts import Band, Box, DrawnNode, Label, Scene
 from .flow_thumbnails import (

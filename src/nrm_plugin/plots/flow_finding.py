@@ -65,10 +65,10 @@ def flow_finding(
 
 
 def difference_finding(graph: FlowGraph, first: str, second: str, places: Places | None = None) -> str:
-    """Returns a sentence about where two flows differ most, or how little they differ.
+    """Returns a sentence that says where two flows differ most, or that they barely differ.
 
     Args:
-        graph: The first flow minus the second.
+        graph: Flow graph of the difference, first minus second.
         first: Name of the first flow. Red shows where it is larger.
         second: Name of the second flow. Blue shows where it is larger.
         places: As in :func:`flow_finding`.

@@ -21,7 +21,7 @@ from .flow import curve, scene_of
 from .flow_caption import Walks, flow_caption, walk_name
 from .flow_columns import node_name, region_name
 from .flow_finding import flow_finding
-from .flow_key import SIGNS
+from .flow_legend import SIGNS
 from .flow_notes import Counts, Pairs, counted
 from .flow_parts import Band, DrawnNode, Label, Scene
 from .flow_thumbnails import NodeThumbnails, Photo, Pixels, node_thumbnails, painted, photo_pixels, region_places

@@ -50,8 +50,8 @@ _VIEWS = frozenset(
 
 
 @dataclass(frozen=True, eq=False)
-class Top:
-    """Node on top of an autograd graph, with those attributes of an autograd node that :class:`Graph` reads.
+class ContrastNode:
+    """Node of a contrast (weighted sum of outputs), with the attributes of an autograd node that :class:`Graph` reads.
 
     Attributes:
         step: The step of the contrast.
@@ -68,7 +68,7 @@ class Top:
     device: torch.device
 
     @property
-    def _input_metadata(self) -> list[Top]:
+    def _input_metadata(self) -> list[ContrastNode]:
         return [self]
 
     def name(self) -> str:
@@ -77,11 +77,11 @@ class Top:
 
 
 class ColumnKernel(Kernel):
-    """Kernel of a step with a single output per sample, stored as one column.
+    """Kernel with a single output per sample, which is therefore stored as one column.
 
     Args:
-        column: Relevance of each input element per unit of output relevance, in the layout of the input.
-        layout: The layout of the input.
+        column: Relevance of each input element per unit of output relevance, with the shape of the input.
+        layout: Which dimension of the input indexes the samples.
         is_stochastic: Whether the column of each sample sums to one.
     """
 
@@ -115,7 +115,7 @@ class ColumnKernel(Kernel):
 
 
 class ContrastStep(Step):
-    """Step of a contrast.
+    """Node of the graph that propagates the relevance of a contrast to the layer or tensor below it.
 
     Args:
         name: Name of the step.
@@ -143,7 +143,7 @@ class ContrastStep(Step):
         return self._read()
 
 
-def contrast_top(graph: Graph, samples: Samples, output: Tensor, vector: Tensor) -> Top:
+def contrast_node(graph: Graph, samples: Samples, output: Tensor, vector: Tensor) -> ContrastNode:
     """Returns a node that computes a contrast between the outputs, for use as the new root of the graph.
 
     Args:
@@ -169,7 +169,7 @@ def contrast_top(graph: Graph, samples: Samples, output: Tensor, vector: Tensor)
             place = layer.source
             step = _fused_step(layer, number, samples)
     below = (graph.nodes[place.vertex], place.number)
-    return Top(step, (below,), number.shape, number.dtype, number.device)
+    return ContrastNode(step, (below,), number.shape, number.dtype, number.device)
 
 
 def _step_of_shares(parts: Tensor, layout: Layout, number: Tensor, keeps_rows: bool) -> ContrastStep:
@@ -188,8 +188,8 @@ class _Layer:
     """Layer with a weight that computes the outputs.
 
     Attributes:
-        step: The step of the layer.
-        vertex: Index of its vertex.
+        step: The call of the layer, as a node of the computation graph.
+        vertex: Index of this node in the graph of the recording.
         source: The input of the layer.
         weights: The weights ``s``, with the shape of the layer's output.
     """
@@ -325,4 +325,4 @@ def _sample_sums(tensor: Tensor, layout: Layout) -> Tensor:
     return sample_sums(layout.unfold(tensor))
 
 
-__all__ = ["NAME", "ColumnKernel", "ContrastStep", "Top", "contrast_top"]
+__all__ = ["NAME", "ColumnKernel", "ContrastNode", "ContrastStep", "contrast_node"]

@@ -48,7 +48,7 @@ class PartRecorded(BaseException):
 
 
 class Watcher(Protocol):
-    """Interface of objects that are notified during a run of the model."""
+    """Interface of objects that are notified of module calls and steps (calls with a kernel) during a run."""
 
     def on_step(self, step: Step, output: Tensor) -> None:
         """Called for each step, with the output of the call."""
@@ -65,7 +65,7 @@ class Watcher(Protocol):
 
 @dataclass
 class _Open:
-    """Running module, with its call index, the index of its first step, and its arguments."""
+    """Module that is running, with the index of the call, the number of steps before it, and its arguments."""
 
     module: nn.Module
     name: str
@@ -75,7 +75,7 @@ class _Open:
 
 
 class FirstRun:
-    """Watcher of the first run, which frees the tensors of all steps once they exceed the limit.
+    """Observer of the first run of the model, which frees the tensors of all steps once they exceed the limit.
 
     Args:
         limit: Memory limit in bytes.
@@ -149,7 +149,7 @@ class FirstRun:
 
 
 class _Unfinished:
-    """Holder of all steps during the first run. This run never needs freed tensors."""
+    """Placeholder, during the first run, for the object that recomputes freed tensors. This run never needs any."""
 
     def fill(self, step: Step) -> None:
         return None
@@ -159,7 +159,7 @@ _UNFINISHED = _Unfinished()
 
 
 class Repeat:
-    """Watcher of a later run, which keeps only the tensors of one part.
+    """Observer of a later run of the model, which keeps only the tensors of one part (consecutive steps).
 
     Args:
         first: The first run of the model.
@@ -225,7 +225,7 @@ class Repeat:
 
 
 class Parts:
-    """Parts of a recording, of which at most one stores its tensors.
+    """Recording that is divided into parts (consecutive steps), of which at most one stores its tensors.
 
     Args:
         first: The first run of the model.

@@ -25,7 +25,7 @@ def size_of(tensor: Tensor) -> int:
 
 @dataclass(frozen=True)
 class StoredCall:
-    """Call of a module whose outputs are stored.
+    """Call of a module whose outputs are stored, so that the module need not run again.
 
     Attributes:
         name: Name of the module.

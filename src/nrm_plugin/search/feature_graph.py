@@ -26,7 +26,7 @@ from .features import ordered_sites
 
 @dataclass(frozen=True)
 class _Tap:
-    """Nodes of an attribution graph at one tap.
+    """Nodes of an attribution graph whose neurons belong to one recorded tensor (tap).
 
     Attributes:
         name: Name of the tap.

@@ -79,7 +79,7 @@ def with_features(
 
 
 class _Board:
-    """Store of the features computed so far in a forward pass, for the decoders of later layers."""
+    """Features computed so far in a forward pass, which the decoders of later layers read."""
 
     def __init__(self, sites: int) -> None:
         self.sites, self.features = sites, dict[str, Tensor]()
@@ -153,6 +153,8 @@ class WithFeatures(nn.Module):
 
 
 class _Features(nn.Module):
+    """Module that concatenates features and errors. Its output is the tensor (tap) at which they are queried."""
+
     nrm_channel_dim: ClassVar[int] = -1
 
     def forward(self, *parts: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class NeuronPath:
         place: The tensor at which the path ends.
         neuron: Flat index of the last neuron in this tensor.
         mass: Product of the elements of the start vector and the kernels along the path.
-        bound: Mass of the best completion, exact up to rounding.
+        bound: Largest mass of a walk that continues this path to an input, exact up to rounding.
         number: Creation index. It breaks ties.
         neurons: Flat index of the neuron at each named tap of the path, from the output to the input.
     """
@@ -54,7 +54,7 @@ class MaxProduct:
         mu: A single-sample measure.
 
     Attributes:
-        completions: :math:`V` of each tensor, flattened.
+        completions: :math:`V`, the largest mass of a continuation from each neuron, for each tensor, flattened.
         names: The first name of each named tap.
 
     Raises:

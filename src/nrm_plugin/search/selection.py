@@ -172,10 +172,10 @@ def kept_event(masks: Mapping[str, Tensor]) -> Event:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Point of the error curve for one number of kept groups.
+    """Point of the error curve for a given number of kept groups.
 
     Attributes:
-        count: Total number of kept groups in all layers.
+        count: Number of groups kept across all layers.
         mse: Mean squared error of the heat map of the input, of shape ``(N,)``.
         smape: Symmetric mean absolute percentage error of the heat map, of shape ``(N,)``.
         mass: Joint relevance of the kept groups, of shape ``(N,)``.
@@ -197,7 +197,7 @@ class Selection:
 
     Attributes:
         kept: Mask of the kept groups in each layer, of shape ``(N, groups)``.
-        count: Total number of kept groups in all layers, of shape ``(N,)``.
+        count: Number of groups kept across all layers, of shape ``(N,)``.
         order: Rank of each group, of shape ``(N, all groups)``, concatenated over layers; rank 0 is eliminated last.
         curve: Errors for several numbers of kept groups, in descending order.
         event: The event that a walk crosses a kept neuron in every layer.

@@ -338,6 +338,8 @@ class _WithSubspaces(nn.Module):
 
 
 class _Parts(nn.Module):
+    """Module that splits the output of a layer into one part per subspace and one for the rest."""
+
     nrm_channel_dim: ClassVar[int] = 1
 
     def __init__(self, of: Subspaces) -> None:

@@ -1,4 +1,4 @@
-"""Relevance maximization: reference examples of channels and events, from one pass over the data."""
+"""Search for reference examples: the samples with the most relevance for channels and events, in one pass."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from nrm_plugin.measure.flow_graph import FlowGraph
-from nrm_plugin.plots.flow_key import key_text
+from nrm_plugin.plots.flow_legend import key_text
 from tests.plots.test_flow_caption import JOINTS, LOWEST, MIDDLE, TOP, layer, negative
 
 
