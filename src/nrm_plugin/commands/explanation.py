@@ -53,9 +53,9 @@ class LayerExplanation:
     """Explanation of one layer.
 
     Attributes:
-        name: Name of the tap.
-        relevance: Relevance of each neuron, without batch dimension.
-        mass: Mass of each channel, of shape ``(C,)``.
+        name: Name of the layer.
+        relevance: Relevance of each neuron, without the batch dimension.
+        mass: Mass (total relevance) of each channel, of shape ``(C,)``.
         totals: Relevance totals at the layer.
         top: Channels with the largest absolute mass.
         heat_maps: Joint relevance of each of these channels with the pixels, of shape ``(len(top), H, W)``.

@@ -72,10 +72,10 @@ def merged(states: Tensor) -> Tensor:
 
 
 def moments(state: Tensor, correction: int = 1) -> Moments:
-    """Computes the count, mean and variance of a state.
+    """Computes the count, mean and variance from an accumulated state.
 
     Args:
-        state: A state of shape ``(classes, *groups, 3)``.
+        state: An accumulated state of shape ``(classes, *groups, 3)``; the last dimension holds the three statistics.
         correction: Number subtracted from the count in the denominator of the variance, as in :func:`torch.var`.
     """
     count = state[..., COUNT]

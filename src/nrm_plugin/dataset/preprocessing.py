@@ -26,8 +26,8 @@ class Preprocessing:
     """Conversion of images to model inputs.
 
     Attributes:
-        transform: torchvision's preset: resizing, center crop, scaling to [0, 1], and normalization with mean and
-            standard deviation.
+        transform: The preset of torchvision, which resizes an image, crops its center, scales it to [0, 1], and
+            normalizes it with the mean and standard deviation.
         fit: ``"crop"`` for the center square, as in the preset; ``"pad"`` for the whole image with a margin in the mean
             color; or ``"squeeze"`` for the whole image, stretched to a square.
     """

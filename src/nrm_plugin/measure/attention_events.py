@@ -17,14 +17,16 @@ from ..recording.transformer_sites import PART
 
 
 def plain(atom: Atom | Absorbed | Attended, recording: Recording) -> Event:
-    """Rewrites an attention event as an event over taps and returns other events unchanged.
+    """Rewrites an event on attention pairs as an equivalent event over taps (hook points).
+
+    Other events are returned unchanged.
 
     A walk through a pair (query, key) crosses the attention output at the query token and then the values at the key
     token (or the attention weights, if the rule propagates relevance to them). It stays within one head.
 
     Raises:
-        EventError: If the layer does not compute exactly one attention, or if the head or token does not exist.
-        UnknownLayerError: If no layer has this name.
+        EventError: If the layer does not call attention exactly once, or if the head or token does not exist.
+        UnknownLayerError: If the event names a layer that does not exist.
     """
     if isinstance(atom, Atom):
         atom = _part(atom, recording)

@@ -84,12 +84,12 @@ def _predicted(outputs: Tensor) -> Tensor:
 
 
 class ExplainedModel(nn.Module):
-    """Module that computes the outputs of a model and their relevance by a fixed sequence of tensor operations.
+    """Module that computes the outputs of a model and their relevance with a fixed sequence of tensor operations.
 
     Args:
         program: The compiled tensor operations, traced with all value-dependent shortcuts disabled.
         layers: Names of the layers whose relevance is returned.
-        outputs: Example outputs, which determine their shape and dtype.
+        outputs: Example outputs, from which the shape and dtype of the outputs are taken.
 
     Raises:
         InputError: If the outputs do not have shape ``(N, K)`` or ``(N,)``.

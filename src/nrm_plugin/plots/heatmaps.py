@@ -225,7 +225,9 @@ def joint(
 
 
 def budgets(layers: Sequence[str], samples: Sequence[Budget], heading: str = "", reference: str = "") -> Figure:
-    """Draws mass, sink and bypass of all layers as stacked bars, with one panel per sample.
+    """Draws the relevance in each layer, absorbed above it (sink) and bypassing it as stacked bars.
+
+    Each sample has its own panel.
 
     Args:
         layers: Names of the layers, from the output to the input.

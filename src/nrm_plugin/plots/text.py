@@ -66,14 +66,14 @@ def text_figure(
     """Draws text whose tokens are colored by relevance. Several maps are stacked and share a color scale.
 
     Args:
-        tokens: Tokens of a tokenizer. ``Ġ`` and ``▁`` mark the beginning of a word, and ``##`` its continuation. If no
-            token has one of these prefixes, each token is a word.
+        tokens: Tokens as produced by a tokenizer. ``Ġ`` and ``▁`` mark the beginning of a word, and ``##`` its
+            continuation. If no token has one of these prefixes, each token is a word.
         values: Relevance of shape ``(tokens,)``, or ``(maps, tokens)`` for several maps, such as one per head.
         titles: One title per map.
         special: Tokens that are not text, such as ``tokenizer.all_special_tokens``. They are drawn in italics with a
             frame.
         limit: Absolute relevance at which the colors saturate; by default, the largest absolute value.
-        width: Width in inches. Longer lines are broken.
+        width: Width in inches. Longer lines are wrapped.
         heading: Title of the figure.
         dark: Whether to use a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
 

@@ -120,10 +120,10 @@ class ContrastStep(Step):
     Args:
         name: Name of the step.
         output: The contrast ``g``, one value per sample.
-        normalization: The normalization of the columns.
+        normalization: How the columns are normalized.
         rule: Name of the rule or operation.
-        read: Function that constructs the kernel.
-        keeps_rows: Whether samples are the rows of all tensors.
+        read: Function that constructs the kernel when it is first needed.
+        keeps_rows: Whether the first dimension of every tensor indexes the samples.
     """
 
     def __init__(

@@ -43,7 +43,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Which rule covers each step (call of a layer or function) of a forward pass.
+    """List of the steps of a forward pass (calls of layers and functions), with the rule that covers each of them.
 
     Attributes:
         rows: One row per step, in execution order.

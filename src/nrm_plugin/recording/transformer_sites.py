@@ -38,12 +38,16 @@ class Block:
 
 
 def sites(graph: Graph) -> dict[str, Place]:
-    """Returns the place of each site, keyed by name, in the order of the forward pass.
+    """Locates the sites of a transformer in a recorded graph, such as residual streams, heads and MLP neurons.
 
-    The name of an attention call, such as ``blocks.1.attn``, refers to its output, with one row per head.
+    The name of an attention call, such as ``blocks.1.attn``, refers to the output of the attention, which has one row
+    per head.
 
     Args:
         graph: The graph of a recording.
+
+    Returns:
+        The place in the graph of each site, keyed by the name of the site, in the order of the forward pass.
     """
     structure = Structure(graph)
     streams = _streams(structure)

@@ -197,7 +197,7 @@ def reconstruction_error(
 def without_rounding(total: Tensor, values: Tensor) -> Tensor:
     """Returns ``values`` but propagates relevance to ``total``, which equals ``values`` up to rounding.
 
-    Where ``total`` should be zero, it can be a rounding error. A rule would divide by this error.
+    Where ``total`` should be zero, rounding may leave a tiny value instead, by which a rule would then divide.
     """
     if has_torch_function((total, values)):
         exact: Tensor = handle_torch_function(without_rounding, (total, values), total, values)
