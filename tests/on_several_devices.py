@@ -27,6 +27,7 @@ from nrm_plugin.dataset.statistics import ClasswiseRelevance
 from nrm_plugin.errors import RandomnessWarning
 from nrm_plugin.measure.flow_heat_maps import mapped_flow
 from nrm_plugin.measure.layer_averages import layer_average
+from nrm_plugin.model.autocast import asked, exact
 from nrm_plugin.model.devices import random_states
 from tests.feature_nets import Decoder, random_dictionary
 
@@ -277,6 +278,12 @@ TOOLS: dict[str, Callable[[Net, Tensor], Any]] = {
     "plan": planned,
     "plan with reference": lambda net, x: planned(net, x, reference=x.flip(0)),
     "subspaces": in_subspaces,
+    "bfloat16": lambda net, x: [
+        of(net.bfloat16(), x.bfloat16()).marginal(LAYERS),
+        of(net, x.bfloat16()).joint(*LAYERS[:2]),
+    ],
+    "attention sinks": lambda net, x: nrm.attention_sinks(of(net, x), "attention"),
+    "deconvolution": lambda net, x: nrm.reconstruct(net, x, at("body").channel(1)).images,
     "sweep": swept,
     "references": ranked,
     "mean conditionals": lambda net, x: updated(MeanConditionals((6, 4), "body", "stem"), of(net, x)).matrix,
@@ -345,15 +352,25 @@ def test_samples_are_found_on_all_devices():
 def test_layers_under_autocast(layout):
     """Only layers on devices of the type of the autocast run in half precision."""
     net, x = Net.on(*layout).float(), X.float().to(layout[0])
-    exact = of(net, x).marginal("stem")
+    full = of(net, x).marginal("stem")
     for kind in ("cpu", "pretend"):
         with torch.autocast(kind, torch.bfloat16):
             mu = of(net, x)
             short = mu.marginal("stem")
         is_used = any(torch.device(device).type == kind for device in layout)
-        assert torch.equal(short.cpu(), exact.cpu()) is not is_used
+        assert torch.equal(short.cpu(), full.cpu()) is not is_used
         assert short.dtype == torch.float32
-        torch.testing.assert_close(short, exact, rtol=0, atol=0.05)
+        torch.testing.assert_close(short, full, rtol=0, atol=0.05)
+
+
+def test_the_dtype_of_autocast_is_known_for_each_type_of_device():
+    with torch.autocast("pretend", torch.float16):
+        assert asked() == {"pretend": torch.float16}
+        with torch.autocast("cpu", torch.bfloat16):
+            assert asked() == {"cpu": torch.bfloat16, "pretend": torch.float16}
+            with exact():
+                assert asked() == {}
+    assert asked() == {}
 
 
 class Drawing(nn.Module):
