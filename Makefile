@@ -62,7 +62,7 @@ endef
 # Packages that this one is tested with, each with the versions that its pins need, on top of .venv.
 HOSTS ?= captum07 captum08 crp quantus grad_cam lxt torch_geometric ray transformers transformers4 hooked large
 
-.PHONY: demo test test-fast test-planned test-oldest test-newest test-hosts lint bench special-cases faithfulness references hugging-face graph-networks docs package \
+.PHONY: demo test test-fast test-planned test-oldest test-newest test-hosts lint bench real special-cases faithfulness references hugging-face graph-networks docs package \
 	coverage clean
 
 demo: .venv/.stamp
@@ -118,6 +118,11 @@ bench: .venv/.stamp .venv/hosts/crp.stamp .venv/hosts/lxt.stamp .venv/hosts/timm
 	.venv/bin/pip install -q --no-deps --target .venv/hosts/dynamic_lrp einops
 	cp -r .venv/hosts/dynamic_lrp.clone/src/lrp_engine .venv/hosts/dynamic_lrp
 	touch $@
+
+# Every number of docs/real.md, docs/joint-relevance.md, docs/known-circuit.md and of the texts in docs/text.md, resumable.
+# make real ARGS=--quick takes ten minutes and writes into the cache only; NRM_CACHE=<folder> takes another cache.
+real: .venv/.stamp .venv/hosts/real.stamp .venv/hosts/lxt.stamp
+	@.venv/bin/python -m benchmarks.real.reproduce $(ARGS)
 
 special-cases: .venv/.stamp .venv/hosts/crp.stamp .venv/hosts/lxt.stamp
 	PYTHONPATH=.venv/hosts/crp:.venv/hosts/lxt .venv/bin/python -m benchmarks.special_cases

@@ -50,9 +50,9 @@ def largest_error(mu: RelevanceMeasure, layers: Sequence[str]) -> tuple[float, f
     return error, largest
 
 
-def store(name: str, results: dict[str, Any], *packages: str) -> None:
-    """Writes ``results/NAME.json`` with the versions of the packages used."""
+def store(name: str, results: dict[str, Any], *packages: str, folder: Path = RESULTS) -> None:
+    """Writes ``NAME.json`` into a folder, with the versions of the packages used."""
     versions = {package: version(package) for package in ("torch", "zennit", *packages)}
     environment = {"python": platform.python_version(), **versions}
     text = json.dumps({"environment": environment, **results}, indent=1, ensure_ascii=False)
-    (RESULTS / f"{name}.json").write_text(text + "\n")
+    (folder / f"{name}.json").write_text(text + "\n")

@@ -413,17 +413,18 @@ def small_nets(count):
 @pytest.mark.medium
 def test_the_command_measures_writes_and_renders(tmp_path, monkeypatch, capsys):
     kinds = [chains.Kind("single", (0, 2), chains.single, 3, 3), chains.Kind("sets", (0, 1, 2), chains.half, 3, 3)]
-    monkeypatch.setattr(command, "RESULTS", tmp_path / "path_patching.json")
+    monkeypatch.setenv("NRM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(command, "SAMPLES", 5)
     monkeypatch.setattr(command, "NETS", {"tiny": small_nets})
     monkeypatch.setattr(command, "KINDS", {"tiny": kinds})
-    monkeypatch.setattr(command.tables, "write", lambda name: None)
     monkeypatch.setattr(command, "find_spec", lambda name: None)
-    monkeypatch.setattr(figure, "FIGURE", tmp_path / "figure.png")
-    command.main(["--nets", "tiny"])
+    monkeypatch.setattr(command, "ORDER", ("tiny",))
+    monkeypatch.setattr(command, "FEW", (2, 1))
+    out = tmp_path / "out"
+    command.main(["--nets", "tiny", "--out", str(out)])
     assert "| single | zero |" in capsys.readouterr().out
-    assert figure.FIGURE.stat().st_size > 1000
-    stored = json.loads(command.RESULTS.read_text())["nets"]["tiny"]
+    assert (out / figure.FIGURE).stat().st_size > 1000
+    stored = json.loads((out / command.RESULTS).read_text())["nets"]["tiny"]
     assert stored["samples"] == 5
     row = stored["kinds"]["sets"]["references"]["input"]
     best = row["scores"][row["best product"]]["correlation"][0]
@@ -434,6 +435,6 @@ def test_the_command_measures_writes_and_renders(tmp_path, monkeypatch, capsys):
     assert secants["error minus best product"][0] == pytest.approx(secants["error"] - min(errors), rel=1e-2, abs=1e-3)
     tangents = row["scores"]["joint, tangents"]
     assert tangents["minus best product"][0] == pytest.approx(tangents["correlation"][0] - best, abs=1e-3)
-    command.RESULTS.unlink()
     command.main(["--nets", "tiny", "--quick"])
-    assert not command.RESULTS.exists()
+    quick = json.loads((tmp_path / "cache" / "quick" / command.RESULTS).read_text())
+    assert quick["nets"]["tiny"]["samples"] == 2

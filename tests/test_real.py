@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
+from benchmarks import tables
 from benchmarks.real import methods, metrics, onnx_weights, packages, pages, run, scenes
 from benchmarks.real.networks import Network
 from benchmarks.real.stored import stored
@@ -354,7 +355,7 @@ def test_relevance_of_a_negative_contrast_supports_the_class():
     asked = question("rest")
     contrast = (asked.net.model(asked.inputs) * asked.weights).sum(1)
     assert bool((contrast < 0).any())
-    heat = methods.heat_map(methods.METHODS["reference grey, against the rest"], asked)
+    heat = methods.heat_map(methods.METHODS["reference gray, against the rest"], asked)
     reference = (asked.net.model(asked.gray) * asked.weights).sum(1)
     torch.testing.assert_close(heat.sum((1, 2)).sign(), (contrast - reference).sign())
 
@@ -396,7 +397,7 @@ def test_expensive_methods_explain_all_images_of_networks_for_small_images(monke
     assert len(asked.maps(name, "single", asked.single)[0]) == 5
 
 
-def test_rows_in_which_the_first_method_is_first_or_level_are_counted():
+def test_comparisons_in_which_the_first_method_is_first_or_level_are_counted():
     def net(*behind, **foreign):
         others = {f"{n}": {"own": {"behind": one}, "inside": {"behind": [2, 1, 3]}} for n, one in enumerate(behind)}
         others |= {name: {"own": {"behind": one}, "inside": {"behind": [2, 1, 3]}} for name, one in foreign.items()}
@@ -408,8 +409,8 @@ def test_rows_in_which_the_first_method_is_first_or_level_are_counted():
         "EfficientNet-Lite2": net([3, 2, 4], DeepLift=[-2, -3, -1]),
     }
     shown = pages._counts(nets)
-    assert "First or level in 3 of 4 rows of the held-out networks**, and in 4 of 6 rows of all networks" in shown
-    assert "methods of other packages alone, first or level in 3 and 5 rows." in shown
+    assert "First or level in 3 of 4 comparisons on the held-out networks**, and in 4 of 6 on all networks" in shown
+    assert "methods of other packages, it is first or level in 3 and 5 comparisons." in shown
     assert "| VGG16 | one | 2 | 1 | 0 | 1 | 0 |" in shown
     assert "| EfficientNet-Lite1 | none, held out | 2 | 1 | 1 | 0 | 0 |" in shown
     assert "| EfficientNet-Lite2 | none, held out | 2 | 1 | 0 | 1 | 1 |" in shown
@@ -434,12 +435,28 @@ def test_the_summary_compares_with_methods_of_other_packages_on_the_same_images(
 
 
 def test_methods_of_the_comparison_exist():
-    assert set(run.COMPARED) <= set(methods.METHODS)
-    assert run.methods_of("EfficientNet-Lite2") == run.COMPARED
-    assert run.methods_of("VGG16") == run.COMPARED
-    assert run.methods_of("Fashion-MNIST, VGG")[:3] == (methods.FIRST, *run.DRAWN)
-    assert run.COMPARED[:2] == run.DRAWN
-    assert set(run.methods_of("Fashion-MNIST, VGG")) <= set(methods.METHODS)
+    for net in run.SIZES:
+        names = run.methods_of(net)
+        assert set(names) <= set(methods.METHODS)
+        assert len(set(names)) == len(names)
+        assert names[0] == (methods.FIRST if net.startswith("Fashion-MNIST") else run.DRAWN[0])
+        assert "GradCAM" in names
+
+
+def test_the_committed_rows_are_those_that_the_command_computes():
+    measured = json.loads((tables.RESULTS / "real.json").read_text())
+    assert list(measured) == ["nets"]
+    assert list(measured["nets"]) == list(run.SIZES)
+    for net, found in measured["nets"].items():
+        assert list(found["methods"]) == list(run.methods_of(net))
+        assert not found["failed"]
+        size = run.SIZES[net]
+        assert found["photos"] <= size.photos
+        assert found["explanations of pairs"] == 2 * size.pairs
+        for name, row in found["methods"].items():
+            few = size.few and methods.METHODS[name].gradients > run.EXPENSIVE
+            assert row["SRG, plain"]["samples"] == (run.FEW if few else found["photos"])
+            assert row["own"]["samples"] == (run.FEW_OF_PAIRS if few else 2 * size.pairs)
 
 
 @pytest.mark.parametrize("name", ["GradCAM", "HiResCAM", "LayerCAM"])

@@ -13,7 +13,7 @@ from benchmarks.circuits import increment
 from nrm_plugin import FlowGraph, RelevanceMeasure
 from nrm_plugin.plots import flow_figure
 
-FIGURE = Path(__file__).parents[2] / "docs/images/known-circuit.png"
+FIGURE = "known-circuit.png"
 BITS, NUMBER, OTHER, LATE = 5, 0b00111, 0b00000, 1
 """Numbers whose successors are compared, and index of the explained bit of the answer, with the highest bit first."""
 SHOWN = {
@@ -89,12 +89,12 @@ def graph(mu: RelevanceMeasure) -> FlowGraph:
     return replace(flow, layers=tuple(replace(layer, name=names[layer.name]) for layer in flow.layers))
 
 
-def results() -> dict[str, Any]:
-    """Draws the figure; returns the masses of all values of the program by name, of all erasures, and of tokens."""
+def results(images: Path) -> dict[str, Any]:
+    """Draws the figure into a folder; returns the masses of all values by name, of all erasures, and of tokens."""
     mu = measured()
     flow = graph(mu)
     heading = "00111 + 1 = 01000: why does the second digit say 1, and not 0 as after 00000?"
-    flow_figure(flow, heading, caption="", finding="", width=16).savefig(FIGURE, dpi=85)
+    flow_figure(flow, heading, caption="", finding="", width=16).savefig(images / FIGURE, dpi=85)
     masses: dict[str, dict[str, float]] = {}
     for name, (site, kind, layer) in SHOWN.items():
         if kind:

@@ -1,7 +1,7 @@
 """Scores of edges compared with the edges that a compiled transformer has by construction; docs/known-circuit.md.
 
 ``python -m benchmarks.circuits.known`` compiles a network that increments numbers of five bits, and takes about five
-minutes of processor time; ``--quick`` measures few pairs of four bits and only prints. ``--render`` rewrites the page.
+minutes of processor time; ``--quick`` measures few pairs of four bits. ``--render`` rewrites the page.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,14 +19,13 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from benchmarks import tables
+from benchmarks import outputs
 from benchmarks.circuits import compiled, increment, increment_flow, metrics
 from benchmarks.circuits.circuit import Edges, Task, by_step, flat
 from benchmarks.circuits.scores import REFERENCE, SCORES, Score, reference_measure
 from benchmarks.default_composite import interval, resamples
 from benchmarks.speed import environment
 
-RESULTS = Path(__file__).parents[1] / "results/known_circuit.json"
 TANGENTS = "reference measure, tangents"
 COMPARED = {
     REFERENCE: SCORES[REFERENCE],
@@ -148,20 +146,21 @@ def summary(scores: dict[str, Tensor], truth: Truth, weights: Tensor) -> dict[st
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="20 pairs of four bits; nothing is written")
+    parser.add_argument("--quick", action="store_true", help="20 pairs of four bits")
     parser.add_argument("--render", action="store_true", help="rewrite the tables only")
+    outputs.add_option(parser)
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    if options.quick:
-        print(json.dumps(measure_net(4, BATCH), indent=1))
-        return
+    files = outputs.chosen(options)
     if not options.render:
         results: dict[str, Any] = {"environment": {**environment(), "dtype": "float64"}}
         results["passes"] = {name: [score.forward, score.backward] for name, score in COMPARED.items()}
-        results |= measure_net(BITS, PAIRS) | {"flow": increment_flow.results(), "operations": described(BITS)}
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    tables.write("known_circuit")
+        bits, pairs = (4, BATCH) if options.quick else (BITS, PAIRS)
+        results |= measure_net(bits, pairs)
+        results |= {"flow": increment_flow.results(files.images), "operations": described(BITS)}
+        (files.results / "known_circuit.json").write_text(json.dumps(results, indent=1) + "\n")
+    files.render("known_circuit")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Compares joint relevance with exact path patching, and renders the tables and the figure of the docs.
 
-``python -m benchmarks.path_patching`` takes about half an hour on one thread; ``--quick`` measures a few samples and
-only prints. ``--nets`` measures only these nets and leaves the results of the others unchanged. ``--render`` rewrites
-tables and figure from the committed results. zennit-crp is measured if it is installed (``make test-hosts``).
+``python -m benchmarks.path_patching`` takes about half an hour on one thread; ``--quick`` measures a few samples.
+``--nets`` measures only these nets and leaves the results of the others unchanged. ``--render`` rewrites tables and
+figure from the committed results. zennit-crp is measured if it is installed (``make test-hosts``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import tables
+from benchmarks import outputs
 from benchmarks.circuits.metrics import correlation
 from benchmarks.default_composite import interval, resamples, rounded
 from benchmarks.path_patching import figure
@@ -31,14 +30,18 @@ from benchmarks.path_patching.channels import ranked
 from benchmarks.path_patching.nets import NETS, Case
 from benchmarks.path_patching.pages import path_patching
 from benchmarks.path_patching.scores import EXACT, REFERENCES, Chains, predictions
-from benchmarks.real.stored import stored
+from benchmarks.real.stored import stored, update
 from benchmarks.speed import environment
 
-RESULTS = Path(__file__).parents[1] / "results/path_patching.json"
+RESULTS = "path_patching.json"
 SAMPLES = 210
 """Samples of each kind of net."""
 PHOTOGRAPHS = {"VGG16": 18, "EfficientNet-Lite0": 13, "EfficientNet-Lite1": 18}
 """Samples of the nets for photographs, whose results are stored in the cache after each photograph."""
+ORDER = "residual CNN", "digits", "transformer", "VGG16", "EfficientNet-Lite0", "EfficientNet-Lite1"
+"""The nets in the order of the tables."""
+FEW = 12, 2
+"""Samples of a quick run: of each small net, and of each net for photographs."""
 Values = dict[str, dict[str, Tensor]]
 """For each score and sample: correlation with path patching, and sums of absolute errors and of exact effects."""
 
@@ -162,35 +165,39 @@ def bounds(values: Tensor) -> list[float]:
     return [rounded(values[0]), rounded(low), rounded(high)]
 
 
-def measure(nets: Sequence[str], samples: int, results: dict[str, Any], store: bool) -> None:
-    """Measures these nets; stores the results after each of them, so that a run can be continued."""
+def measure(nets: Sequence[str], samples: dict[str, int], files: outputs.Outputs) -> None:
+    """Measures these nets; stores the results after each of them, so that a run can be continued.
+
+    Args:
+        nets: The nets.
+        samples: Number of samples of each net.
+        files: The files to write; results of other nets in them are kept.
+    """
     for name in nets:
         began = time.process_time()
-        net = measure_net(name, min(samples, PHOTOGRAPHS.get(name, samples)))
+        net = measure_net(name, samples[name])
         net["processor seconds"] = round(time.process_time() - began)
-        results.setdefault("nets", {})[name] = net
-        results["environment"] = {**environment(), "threads": torch.get_num_threads()}
+        used = {**environment(), "threads": torch.get_num_threads()}
+        results = update(files.results / RESULTS, name, net, ORDER, environment=used)
         print(f"\n{name}\n\n{path_patching(results)[name]}", flush=True)
-        if store:
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="12 samples of each net; nothing is written")
+    parser.add_argument("--quick", action="store_true", help="12 samples of each net, two photographs")
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS), help="measure only these")
     parser.add_argument("--render", action="store_true", help="rewrite page and figure only")
+    outputs.add_option(parser)
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    if options.quick:
-        measure(options.nets, 12, {}, store=False)
-        return
+    files = outputs.chosen(options)
     if not options.render:
-        before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        measure(options.nets, SAMPLES, before, store=True)
-    tables.write("path_patching")
-    figure.draw(json.loads(RESULTS.read_text()))
+        samples = {name: PHOTOGRAPHS.get(name, SAMPLES) for name in options.nets}
+        few = {name: FEW[name in PHOTOGRAPHS] for name in options.nets}
+        measure(options.nets, few if options.quick else samples, files)
+    files.render("path_patching")
+    figure.draw(json.loads((files.results / RESULTS).read_text()), files.images)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-FIGURE = Path(__file__).parents[2] / "docs/images/joint-relevance.png"
+FIGURE = "joint-relevance.png"
 TITLES = {"zero": "patched with zero activations", "input": "patched with the reference input"}
 DRAWN = {
     "joint, tangents": ("C0", "o", "joint, tangents"),
@@ -16,8 +16,8 @@ DRAWN = {
 }
 
 
-def draw(results: dict[str, Any]) -> None:
-    """Draws the figure, with one panel for each reference and one row for each kind of sets."""
+def draw(results: dict[str, Any], images: Path) -> None:
+    """Draws the figure into a folder, with one panel for each reference and one row for each kind of sets."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -40,7 +40,7 @@ def draw(results: dict[str, Any]) -> None:
                 size = 9 if marker == "|" else 4
                 axis.plot(mean, place, marker, color=colour, ms=size, mew=2 if marker == "|" else 0, label=label)
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("correlation with exact path patching", fontsize=9)
+        axis.set_xlabel("correlation with exact path patching, with 95% interval", fontsize=9)
         axis.grid(axis="x", color="0.9")
         axis.set_axisbelow(True)
         axis.set_xlim(right=1.01)
@@ -51,5 +51,6 @@ def draw(results: dict[str, Any]) -> None:
                            va="center", fontsize=9, weight="bold")  # fmt: skip
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles[: len(DRAWN)], labels[: len(DRAWN)], loc="outside lower center", ncols=len(DRAWN), fontsize=9)
-    figure.savefig(FIGURE, dpi=80)
+    figure.get_layout_engine().set(w_pad=0.1)  # the longest name of a row would touch the edge
+    figure.savefig(images / FIGURE, dpi=80)
     pyplot.close(figure)

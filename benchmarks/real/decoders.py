@@ -3,6 +3,7 @@
 ``python -m benchmarks.real.decoders`` trains a GPT-2 and a Llama of transformers on the language reference that Python
 ships with (``pydoc_data``), which takes minutes on two cores, checks totals, sinks and sites, compares explanations of
 the next character with ablation, and writes the results as JSON, the tables of ``docs/text.md`` and their image.
+``--quick`` trains for few batches and explains few texts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import functools
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,24 @@ from captum.attr import IntegratedGradients
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks import tables
+from benchmarks import outputs, tables
 from benchmarks.conservation import conservation_check, largest_error, store
 from benchmarks.train_demo import reproducible
 from nrm_plugin import RelevanceMeasure
 from nrm_plugin.plots import text_figure
 
 from . import packages
+from .stored import locked
 from .text import interval
 
 UNKNOWN, BEGIN = "<unk>", "<s>"
 """A token that does not occur in training, and the token at the beginning of every text."""
 SEEN, RARE = 64, 30
 """Number of characters before the predicted one, and smallest number of occurrences of a character with a token."""
-STEPS, BATCH = 1500, 32
+STEPS, FEW_STEPS, BATCH = 1500, 100, 32
+"""Number of batches for training, the same in a quick run, and batch size."""
+FEW_TEXTS = 4
+"""Number of texts of a quick run."""
 TEXTS, DRAWS, TOGETHER, INTEGRATED = 40, 2, 4, 32
 """Number of texts, of draws of each character, of characters that are replaced together, and of integration steps."""
 WIDTH, LAYERS, HEADS = 96, 3, 4
@@ -96,25 +101,26 @@ def bits(model: nn.Module) -> float:
     return float(nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())) / float(np.log(2))
 
 
-def trained(kind: str) -> nn.Module:
+def trained(kind: str, steps: int = STEPS) -> nn.Module:
     """Returns the decoder in evaluation mode, trained at the first call and then read from the cache."""
     from transformers import AutoModelForCausalLM
 
-    folder: Path = packages.cache() / "trained" / f"characters-{kind.lower()}"
-    if not folder.is_dir():
-        folder.parent.mkdir(exist_ok=True, parents=True)
-        with packages.completed(folder) as partial:
-            _train(kind).save_pretrained(partial)
+    name = f"characters-{kind.lower()}" if steps == STEPS else f"characters-{kind.lower()}-{steps}"
+    folder: Path = packages.cache() / "trained" / name
+    with locked(folder):
+        if not folder.is_dir():
+            with packages.completed(folder) as partial:
+                _train(kind, steps).save_pretrained(partial)
     return AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
 
 
-def _train(kind: str) -> nn.Module:
+def _train(kind: str, steps: int) -> nn.Module:
     ids = encoded(topics()[0])
     with reproducible(0):
         model = built(kind).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=STEPS, pct_start=0.1)
-        for _ in tqdm(range(STEPS), desc=kind, unit="batch"):
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.1)
+        for _ in tqdm(range(steps), desc=kind, unit="batch"):
             rows = windows(ids, torch.randint(len(ids) - SEEN, (BATCH,)))
             optimizer.zero_grad()
             logits = model(input_ids=rows).logits[:, :-1]
@@ -267,15 +273,15 @@ def compared(questions: list[Question]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["SRG"][0])
 
 
-def questions_of(model: nn.Module) -> list[Question]:
+def questions_of(model: nn.Module, count: int = TEXTS) -> list[Question]:
     """Returns questions about held-out texts that start at random positions."""
     ids = encoded(topics()[1])
-    starts = torch.randint(len(ids) - SEEN, (TEXTS,), generator=torch.Generator().manual_seed(0))
+    starts = torch.randint(len(ids) - SEEN, (count,), generator=torch.Generator().manual_seed(0))
     return [Question(model, row[None], number) for number, row in enumerate(windows(ids, starts))]
 
 
-def drawn(shown: dict[str, Question]) -> None:
-    """Draws the image: one held-out text, explained for both decoders."""
+def drawn(shown: dict[str, Question], images: Path) -> None:
+    """Draws the image into a folder: one held-out text, explained for both decoders."""
     methods = ("NRMDefault", "one character drawn anew", "InputXGradient")
     maps, titles = [], []
     for kind, question in shown.items():
@@ -288,13 +294,12 @@ def drawn(shown: dict[str, Question]) -> None:
     letters = ["␣" if letter == " " else letter for letter in (alphabet()[index] for index in question.ids[0])]
     figure = text_figure(letters[1:], torch.stack(maps)[:, 1:], titles, limit=0.1)
     figure.axes[-1].set_visible(False)
-    figure.savefig(tables.ROOT / "docs/images/text-characters.png", dpi=110)
+    figure.savefig(images / "text-characters.png", dpi=110)
 
 
-def described(kind: str) -> dict[str, Any]:
+def described(kind: str, model: nn.Module, texts: int) -> dict[str, Any]:
     """Returns all measurements of one decoder."""
-    model = trained(kind)
-    questions = questions_of(model)
+    questions = questions_of(model, texts)
     reference = {"input_ids": questions[0].filled(" ")}
     checks: dict[str, dict[str, Any]] = {"NRMDefault": {}, "secants to spaces": {"reference": reference}}
     row = {"net": kind, "parameters": sum(p.numel() for p in model.parameters()), "bits": bits(model)}
@@ -304,17 +309,25 @@ def described(kind: str) -> dict[str, Any]:
     return {**row, "rows": compared(questions)}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the benchmark from the command line."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help=f"train for {FEW_STEPS} batches, explain {FEW_TEXTS} texts"
+    )
+    outputs.add_option(parser)
+    options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
-    shown = {kind: questions_of(trained(kind))[SHOWN] for kind in KINDS}
-    nets = [described(kind) for kind in KINDS]
+    files, texts = outputs.chosen(options), FEW_TEXTS if options.quick else TEXTS
+    models = {kind: trained(kind, FEW_STEPS if options.quick else STEPS) for kind in KINDS}
+    shown = {kind: questions_of(model)[SHOWN] for kind, model in models.items()}
+    nets = [described(kind, model, texts) for kind, model in models.items()]
     digest = hashlib.sha256("".join(topics()).encode()).hexdigest()
-    settings = {"text": "pydoc_data.topics", "sha256": digest, "characters": len(alphabet()) - 2, "texts": TEXTS}
-    store("real_decoders", {**settings, "seen": SEEN, "draws": DRAWS, "nets": nets}, "captum", "transformers")
-    tables.write("real_decoders")
-    drawn(shown)
+    settings = {"text": "pydoc_data.topics", "sha256": digest, "characters": len(alphabet()) - 2, "texts": texts}
+    found = {**settings, "seen": SEEN, "draws": DRAWS, "nets": nets}
+    store("real_decoders", found, "captum", "transformers", folder=files.results)
+    files.render("real_decoders")
+    drawn(shown, files.images)
 
 
 if __name__ == "__main__":

@@ -5,19 +5,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import argparse
+from collections.abc import Sequence
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from benchmarks import outputs
 from nrm_plugin.plots.heatmaps import draw_heat_map, draw_image
 
 from . import photos
 from .methods import METHODS, Question, heat_map
 from .networks import Network, efficientnet_lite
 
-FILE = Path(__file__).parents[2] / "docs/images/real.png"
 SHOWN = (("zebra", "firetruck"), ("tiger", "violin"), ("pink_flamingo", "badger"), ("elephant", "747"))
 """Names of the photographs of each row, left and right."""
 LATE_LAYERS = "reference blur, last two resolutions, against the rest"
@@ -65,5 +66,13 @@ def drawn(net: Network) -> Figure:
     return figure
 
 
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draws the figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    outputs.add_option(parser)
+    files = outputs.chosen(parser.parse_args(arguments))
+    drawn(efficientnet_lite(0)).savefig(files.images / "real.png", dpi=85)
+
+
 if __name__ == "__main__":
-    drawn(efficientnet_lite(0)).savefig(FILE, dpi=85)
+    main()

@@ -21,9 +21,10 @@ from tqdm import tqdm
 from benchmarks.train_demo import reproducible
 
 from . import packages
+from .stored import locked
 
-TRAINED, BATCH, LONGEST = 6400, 32, 64
-"""Number of training reviews, batch size, and largest number of tokens of a review."""
+TRAINED, QUICK, BATCH, LONGEST = 6400, 320, 32, 64
+"""Number of training reviews, the same in a quick run, batch size, and largest number of tokens of a review."""
 LABELS = {0: "negative", 1: "positive"}
 
 
@@ -53,17 +54,17 @@ def reviews() -> tuple[list[Review], list[Review]]:
     )
 
 
-def film_reviews() -> Path:
+def film_reviews(count: int = TRAINED) -> Path:
     """Returns the folder of the model and its tokenizer, fine-tuned at the first call and then read from the cache."""
-    folder = packages.cache() / "trained" / "film-reviews"
-    if not folder.is_dir():
-        folder.parent.mkdir(exist_ok=True)
-        with packages.completed(folder) as partial:
-            _train(partial)
+    folder = packages.cache() / "trained" / ("film-reviews" if count == TRAINED else f"film-reviews-{count}")
+    with locked(folder):
+        if not folder.is_dir():
+            with packages.completed(folder) as partial:
+                _train(partial, count)
     return folder
 
 
-def _train(folder: Path) -> None:
+def _train(folder: Path, count: int) -> None:
     """Trains for one epoch by AdamW with a linear schedule."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -72,7 +73,7 @@ def _train(folder: Path) -> None:
     with reproducible(0):
         model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=2, id2label=LABELS)
         own, held = reviews()
-        drawn = [own[number] for number in torch.randperm(len(own))[:TRAINED].tolist()]
+        drawn = [own[number] for number in torch.randperm(len(own))[:count].tolist()]
         optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4, weight_decay=0.01)
         steps = len(drawn) // BATCH
         schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -83,7 +84,9 @@ def _train(folder: Path) -> None:
             torch.autograd.backward(nn.functional.cross_entropy(model(**inputs).logits, labels))
             optimizer.step()
             schedule.step()
-    print(f"film reviews: {accuracy(model, tokenizer, held):.3f} of {len(held)} held-out reviews correct")
+    print(
+        f"film reviews: {accuracy(model, tokenizer, held[:count]):.3f} of {len(held[:count])} held-out reviews correct"
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

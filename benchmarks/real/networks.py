@@ -20,6 +20,7 @@ from benchmarks.train_demo import reproducible
 from nrm_plugin.demo import photo_network
 
 from . import onnx_weights, packages, photos
+from .stored import locked
 
 SIDE = 224
 FOLDERS = (
@@ -257,12 +258,12 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 def _stored(name: str, fit: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Returns weights from the cache; at the first call, trains the network and stores its weights."""
     file = packages.cache() / "trained" / f"{name}.safetensors"
-    if not file.exists():
-        file.parent.mkdir(exist_ok=True)
-        weights = {key: values.contiguous() for key, values in fit().items()}
-        partial = file.with_suffix(".part")
-        save_file(weights, partial)
-        partial.replace(file)
+    with locked(file):
+        if not file.exists():
+            weights = {key: values.contiguous() for key, values in fit().items()}
+            partial = file.with_suffix(".part")
+            save_file(weights, partial)
+            partial.replace(file)
     return load_file(file)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
 from nrm_plugin.demo import packages as mechanism
@@ -51,18 +52,29 @@ def module(package: str, name: str) -> types.ModuleType:
     return mechanism.module(PACKAGES[package], name)
 
 
-def main() -> None:
-    """Downloads all packages, and prints their folders."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Downloads packages, and prints their folders."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real.packages", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PACKAGES)}; all by default")
-    for name in parser.parse_args().names or PACKAGES:
+    names = parser.parse_args(arguments).names or list(PACKAGES)
+    for name in names:
         if name not in PACKAGES:
             parser.error(f"{name} is not among {', '.join(PACKAGES)}.")
+    for place, name in enumerate(names):
         try:
-            print(f"{name}: {fetched(name)}")
+            print(f"{name}: {fetched(name)}", flush=True)
         except PackageError as error:
-            raise SystemExit(f"{error}") from None
+            missing = [PACKAGES[one] for one in names[place + 1 :] if not _is_here(PACKAGES[one])]
+            further = ", ".join(f"{package.file} ({package.megabytes:.1f} MB)" for package in missing)
+            also = f"\nFurther files that are missing in that folder: {further}." if missing else ""
+            raise SystemExit(f"{error}{also}") from None
+
+
+def _is_here(package: Package) -> bool:
+    """Returns True if a package is in the cache, unpacked or as a file."""
+    places = cache() / f"{package.name}-{package.version}", cache() / "downloads" / package.file
+    return any(place.exists() for place in places)
 
 
 __all__ = ["PACKAGES", "Package", "PackageError", "cache", "completed", "fetched", "module"]

@@ -10,7 +10,8 @@ Results = dict[str, Any]
 
 REAL = {
     "SRG, plain": "SRG, plain ↑", "SRG, blur": "SRG, blur ↑", "insertion": "insertion ↑", "deletion": "deletion ↓",
-    "inside": "inside ↑", "pointing": "pointing ↑", "own": "own ↑", "wins": "wins ↑", "other class": "other class ↓",
+    "inside": "inside mask ↑", "pointing": "pointing ↑", "own": "own share ↑", "wins": "wins ↑",
+    "other class": "other class ↓",
 }  # fmt: skip
 """Metrics of explanations of trained networks, with the direction that is better."""
 SHOWN = ("SRG, plain", "deletion", "inside", "pointing", "own", "wins")
@@ -25,14 +26,11 @@ SHORT = {"GradCAM, signed, against the rest": "signed GradCAM", "IntegratedGradi
 
 
 def real(results: Results) -> dict[str, str]:
-    """Returns the tables of metrics, networks, settings that were tried, and further methods."""
+    """Returns the tables of counts, of all metrics, and of those in which another method is better."""
     return {
         "counts": _counts(results["nets"]),
         "compared": _compared(results["nets"]),
         "losses": _losses(results["nets"]),
-        "tried": _tried(results["tried"]),
-        "grounds": _grounds(results["grounds"]),
-        "more methods": _all_metrics(results["more methods"]),
     }
 
 
@@ -50,7 +48,8 @@ def real_summary(results: Results) -> dict[str, str]:
             best = max(set(means) - {first}, key=means.__getitem__)
             cells += [f"{means[first]:.2f}", f"{means['GradCAM']:.2f}", f"{means[best]:.2f}, {SHORT.get(best, best)}"]
         lines.append([net, *cells, " / ".join(str(places.count(place)) for place in (1, 0, -1))])
-    columns = " | ".join(f"{metric}: {name}" for metric in ("SRG", "own") for name in ("ours", "GradCAM", "best other"))
+    names = ("ours", "GradCAM", "best other")
+    columns = " | ".join(f"{metric}: {name}" for metric in ("SRG", "own share") for name in names)
     return {"summary": grid(f"| network | images | held out | {columns} | better / level / worse |", lines)}
 
 
@@ -103,11 +102,14 @@ def _counts(nets: Results) -> str:
     rows += [[f"*{group}*", "", sum(counts[:3]), *counts] for group, counts in sums.items()]
     count, whole = (sum(sums[group][:3]) for group in ("held out", "all"))
     sentence = (
-        f"**First or level in {count - sums['held out'][2]} of {count} rows of the held-out networks**, and in "
-        f"{whole - sums['all'][2]} of {whole} rows of all networks. Compared with the methods of other packages alone, "
-        f"first or level in {count - sums['held out'][3]} and {whole - sums['all'][3]} rows."
+        f"**First or level in {count - sums['held out'][2]} of {count} comparisons on the held-out networks**, and in "
+        f"{whole - sums['all'][2]} of {whole} on all networks. Compared only with the methods of other packages, it is "
+        f"first or level in {count - sums['held out'][3]} and {whole - sums['all'][3]} comparisons."
     )
-    head = "| network | settings chosen on it | rows | first | level | behind | behind a method of another package |"
+    head = (
+        "| network | settings chosen on it | comparisons | first | level | behind "
+        "| behind a method of another package |"
+    )
     return f"{sentence}\n\n{grid(head, rows)}"
 
 
@@ -117,33 +119,3 @@ def _place(methods: Results, key: str) -> int:
     if any(interval[2] < 0 for interval in behind):
         return -1
     return int(all(interval[1] > 0 for interval in behind))
-
-
-def _tried(tried: Results) -> str:
-    """Returns the table of settings for layer averages, on the network on which one of them was chosen."""
-    cells = (
-        [row["measure"], row["map"], row["photographs"], f"{row['SRG']:.2f}",
-         "{:+.2f} ± {:.2f}".format(*row["SRG minus GradCAM"]), f"{row['inside']:.2f}", f"{row['own']:.3f}",
-         f"{row['wins']:.3f}"]
-        for row in tried["rows"]
-    )  # fmt: skip
-    return grid("| measure | map | photographs | SRG ↑ | SRG minus GradCAM | inside ↑ | own ↑ | wins ↑ |", cells)
-
-
-def _grounds(grounds: Results) -> str:
-    """Returns the table of heat maps that were tried for objects on a plain background, on networks for digits."""
-    cells = []
-    for number, row in enumerate(grounds["rows"]):
-        is_new = number == 0 or grounds["rows"][number - 1]["network"] != row["network"]
-        counts = f"{row['network']} ({row['images']}, {2 * row['pairs']})" if is_new else ""
-        values = [f"{row[key]:.2f}" for key in ("SRG", "deletion", "inside", "pointing")]
-        cells.append([counts, row["map"], *values, f"{row['own']:.3f}", f"{row['wins']:.2f}"])
-    head = "SRG ↑ | deletion ↓ | inside ↑ | pointing ↑ | own ↑ | wins ↑"
-    return grid(f"| network (images, explanations of pairs) | map | {head} |", cells)
-
-
-def _all_metrics(measured: Results) -> str:
-    methods = measured["methods"]
-    keys = [key for key in REAL if key in next(iter(methods.values()))]
-    rows = ([name, *(with_bounds(row[key]["mean"]) for key in keys), row["seconds"]] for name, row in methods.items())
-    return grid(f"| method | {' | '.join(REAL[key] for key in keys)} | seconds |", rows)

@@ -3,7 +3,7 @@
 ``python -m benchmarks.real.text`` explains held-out film reviews for MiniLM (:mod:`benchmarks.real.film_reviews`),
 masks tokens in the order of their relevance, and writes the results as JSON, the table of ``docs/text.md`` and its
 image. It needs transformers, and compares with gim-explain where that is installed. ``--add LXT`` adds AttnLRP to
-stored results; LXT needs transformers 4.
+stored results; LXT needs transformers 4. ``--quick`` explains a few reviews for a network that is trained on few.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import functools
 import importlib.util
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,15 @@ from captum.attr import IntegratedGradients
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks import tables
+from benchmarks import outputs, tables
 from benchmarks.conservation import store
 from nrm_plugin import Normalized, NRMDefault, RelevanceMeasure
 from nrm_plugin.plots import text_figure
 
-from .film_reviews import Review, film_reviews, reviews
+from .film_reviews import QUICK, TRAINED, Review, film_reviews, reviews
 
-COUNT, RESAMPLED, STEPS = 250, 2000, 32
+COUNT, FEW, RESAMPLED, STEPS = 250, 10, 2000, 32
+"""Number of reviews, the same in a quick run, resamples, and integration steps."""
 SHORTEST, LONGEST = 6, 40
 SHOWN = "A film that was unbelievably long, and yet I was never bored."
 
@@ -103,7 +105,8 @@ def gim(question: Question) -> Tensor:
 def rollout(question: Question) -> Tensor:
     """Returns attention rollout to the class token; it has no sign."""
     with torch.no_grad():
-        attentions = loaded("eager")[0](input_ids=question.ids, output_attentions=True).attentions
+        model, _ = loaded("eager", Path(question.model.name_or_path))
+        attentions = model(input_ids=question.ids, output_attentions=True).attentions
     joint = torch.eye(question.ids.shape[1])
     for attention in attentions:
         mixed = attention[0].mean(0) / 2 + torch.eye(len(joint)) / 2
@@ -163,19 +166,18 @@ def scores(question: Question, relevance: Tensor) -> list[float]:
     return [round(float(upper.mean() - lower.mean()), 4) for upper, lower in zip(least, most, strict=True)]
 
 
-def chosen_reviews(tokenizer: Any) -> list[Review]:
+def chosen_reviews(tokenizer: Any, count: int) -> list[Review]:
     """Returns the first held-out reviews of a medium length."""
     _, held = reviews()
     fitting = [r for r in held if SHORTEST <= len(tokenizer(r.text)["input_ids"]) - 2 <= LONGEST]
-    return fitting[:COUNT]
+    return fitting[:count]
 
 
 @functools.cache
-def loaded(attention: str = "sdpa") -> tuple[nn.Module, Any]:
-    """Returns the classifier in evaluation mode, with one implementation of attention, and its tokenizer."""
+def loaded(attention: str, folder: Path) -> tuple[nn.Module, Any]:
+    """Returns the classifier of a folder with one implementation of attention, and its tokenizer."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    folder = film_reviews()
     model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation=attention)
     return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder)
 
@@ -201,8 +203,8 @@ def summary(per_text: dict[str, list[list[float]]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["SRG"][0])
 
 
-def drawn(model: nn.Module, tokenizer: Any, methods: list[str]) -> None:
-    """Draws the image: one sentence, explained by several methods, each divided by its largest value."""
+def drawn(model: nn.Module, tokenizer: Any, methods: list[str], images: Path) -> None:
+    """Draws the image into a folder: one sentence, explained by several methods, each divided by its largest value."""
     question = Question(model, tokenizer, SHOWN)
     maps = []
     for method in methods:
@@ -215,35 +217,39 @@ def drawn(model: nn.Module, tokenizer: Any, methods: list[str]) -> None:
     figure = text_figure(tokens, torch.stack(maps), titles, special=tokenizer.all_special_tokens, limit=0.1)
     for bar in figure.axes[len(methods) :]:
         bar.set_visible(False)
-    figure.savefig(tables.ROOT / "docs/images/text-films.png", dpi=110)
+    figure.savefig(images / "text-films.png", dpi=110)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--add", choices=["LXT"], help="measure this method alone and add it to the stored results")
-    options = parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help=f"explain {FEW} reviews")
+    outputs.add_option(parser)
+    options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
-    file = tables.RESULTS / "real_text.json"
+    files, count = outputs.chosen(options), FEW if options.quick else COUNT
+    file = files.results / "real_text.json"
     stored = json.loads(file.read_text()) if options.add else {"per text": {}}
     if options.add:
         from lxt.efficient import monkey_patch
         from transformers.models.bert import modeling_bert
 
         monkey_patch(modeling_bert)
-    model, tokenizer = loaded()
+    model, tokenizer = loaded("sdpa", film_reviews(QUICK if options.quick else TRAINED))
     names = [name for name in METHODS if name != "gim-explain" or importlib.util.find_spec("gim")]
     methods = {"AttnLRP (LXT)": product} if options.add else {name: METHODS[name] for name in names}
     per_text: dict[str, list[list[float]]] = {name: [] for name in methods}
-    for review in tqdm(chosen_reviews(tokenizer), unit="text"):
+    for review in tqdm(chosen_reviews(tokenizer, count), unit="text"):
         question = Question(model, tokenizer, review.text)
         for name, method in methods.items():
             per_text[name].append(scores(question, method(question).detach()))
     every = {**stored["per text"], **per_text}
-    store("real_text", {"texts": COUNT, "rows": summary(every), "per text": every}, "captum")
-    tables.write("real_text")
+    store("real_text", {"texts": count, "rows": summary(every), "per text": every}, "captum", folder=files.results)
+    files.render("real_text")
     if not options.add:
-        drawn(model, tokenizer, ["NRMDefault", "secants to masks", "IntegratedGradients", "attention rollout"])
+        methods_shown = ["NRMDefault", "secants to masks", "IntegratedGradients", "attention rollout"]
+        drawn(model, tokenizer, methods_shown, files.images)
 
 
 if __name__ == "__main__":

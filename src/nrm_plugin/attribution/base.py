@@ -152,7 +152,7 @@ def input_relevance(
 
 
 def convergence_delta(measure: RelevanceMeasure, taps: list[Atom]) -> Tensor:
-    """Returns the convergence delta, of shape ``(N,)``: one minus the sum of the layer's mass, sink and bypass."""
+    """Returns the convergence delta of each sample: one minus the sum of the layer's mass, sink and bypass."""
     if len(taps) == 1:
         (tap,) = taps
         sink = measure.sink(tap)

@@ -240,7 +240,7 @@ class NRM(GradientAttribution):
         return True
 
     def compute_convergence_delta(self, attributions: Any, output: Tensor, accounted: Tensor | float = 0.0) -> Tensor:
-        """Computes ``output - accounted - Σ attributions``, of shape ``(N,)``, as in Captum's LRP.
+        """Computes ``output - accounted - Σ attributions``, as a tensor of shape ``(N,)``, as in Captum's LRP.
 
         Args:
             attributions: A tensor of shape ``(N, …)``, or a tuple of such tensors.

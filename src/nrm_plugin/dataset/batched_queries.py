@@ -37,10 +37,10 @@ class Requirements:
         queries: The queries to evaluate.
 
     Attributes:
-        marginals: Taps with a required marginal.
-        joint_marginals: The taps at which marginals joint with an event are required, keyed by event.
-        masses: Events with a required mass.
-        joint_matrices: The upper tap, lower tap and groups of each required joint matrix.
+        marginals: Layers whose marginals are required.
+        joint_marginals: Layers whose marginals joint with an event are required, keyed by event.
+        masses: Events whose mass is required.
+        joint_matrices: The upper layer, lower layer and groups of each required joint matrix.
         activations: Layers with required activations.
     """
 
@@ -109,7 +109,7 @@ class QueryResults:
                 self.joint_matrices[chain[k], chain[k + 1], over] = self._signed(joint)
 
     def of(self, query: Query) -> Tensor:
-        """Returns the result of a query, of shape ``(N, *groups)``, with NaN where a quotient is undefined."""
+        """Returns the result of a query in shape ``(N, *groups)``, with NaN where a quotient is undefined."""
         return METHODS[type(query)](self, query)
 
     # -- one method for each kind of query ----------------------------------------------------------------------------

@@ -4,8 +4,8 @@ The mean flow over samples is the flow of their mean measure, which is itself a 
 
 .. math:: \bar\mu(A \cap B) = \sum_n w_n \mu_n(A \cap B), \qquad \sum_n w_n = 1, \qquad \bar\mu(\Omega) = 1
 
-Every cut of a mean flow therefore sums to 1. The difference between two mean flows is signed, and its cuts sum to 0.
-Mean flows are new in this package.
+Every layer of a mean flow therefore sums to 1. The difference between two mean flows is signed, and its layers sum to
+0. Mean flows are new in this package.
 """
 
 from __future__ import annotations

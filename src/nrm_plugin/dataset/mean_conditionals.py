@@ -72,8 +72,8 @@ class MeanConditionals(torchmetrics.Metric):  # type: ignore[name-defined, misc,
         """Adds the samples of a measure to the metric.
 
         Raises:
-            InputError: If the number of groups does not match or if relevance is not finite. The batch is then not
-                counted.
+            InputError: If the number of groups does not match that of the metric or if relevance is not finite. In
+                either case, the batch is ignored.
         """
         lower = at(self.lower) if isinstance(self.lower, str) else self.lower
         joint = mu.joint(self.upper, self.lower, over=self.over).double()

@@ -1,4 +1,6 @@
-"""Steps that explain a difference. Each function call is paired with the same call on the reference.
+"""Function calls as steps of a measure that explains a difference from a reference.
+
+Each call is paired with the same call in the forward pass on the reference, and a secant kernel is derived from both.
 
 Source: docs/differences.md.
 """

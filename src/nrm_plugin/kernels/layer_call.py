@@ -24,7 +24,7 @@ Run = Callable[[nn.Module, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Image:
-    """Output of a layer without its bias.
+    """Linear part of the output of a layer, without its bias.
 
     Attributes:
         saved: The output without bias, of shape ``(N, *out)``.
@@ -47,7 +47,7 @@ class LayerCall:
         like: An expanded scalar of the same shape as the output, ``(N, *out)``.
         name: Layer name, for error messages.
         saved_output: The output, or None if the rule does not read it or fusion has changed the layer.
-        image: The output without bias, if the hook recorded it.
+        image: The linear part of the output (without bias), if the hook recorded it.
         precision: The dtype in which the layer multiplies by its weight if less precise than the input, or None.
     """
 

@@ -53,7 +53,7 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
     """Raises an error if ``μ(· | event)`` is undefined or numerically unstable.
 
     Args:
-        event: The condition.
+        event: The event to condition on.
         mass: Mass of the event, of shape ``(N,)``.
         variation: Variation of the event, of shape ``(N,)``.
         min_ratio: Smallest accepted ratio of ``|mass|`` to the variation, or None for the default of the dtype.
@@ -87,5 +87,5 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
 
 
 def divided(values: Tensor, mass: Tensor) -> Tensor:
-    """Divides relevance at a tap, of shape ``(N, *shape)``, by one mass per sample, of shape ``(N,)``."""
+    """Divides relevance of shape ``(N, *shape)`` at a tap by one mass per sample, given in shape ``(N,)``."""
     return values / by_sample(mass, values)

@@ -31,11 +31,11 @@ POSITIONS = 48
 
 
 class FlowPasses:
-    """Passes that compute the joint relevance between the nodes of a flow, for all pairs of layers.
+    """Computes the joint relevance between the nodes of a flow graph, for all pairs of layers, in one pass per layer.
 
     Args:
         mu: The measure whose flow is computed.
-        taps: The layers, from the output to the input.
+        taps: The recorded tensors of the layers, from the output to the input.
         labels: Node index of each neuron in each layer.
         maps: The tap whose positions form the heat maps, or None for no heat maps.
 
@@ -89,7 +89,7 @@ class FlowPasses:
         return next((values for one, values in known if one.place == tap.place), self._at_stop)
 
     def _nodes(self, number: int) -> Tensor:
-        """Returns the relevance of a layer, restricted to each of its nodes, of shape ``(K, N, *shape)``."""
+        """Returns the relevance of a layer, restricted to each of its nodes, in shape ``(K, N, *shape)``."""
         labels, relevance = self._labels[number], self._relevance[number]
         count = int(labels.max()) + 1
         return torch.stack([relevance * (labels == node) for node in range(count)])
@@ -139,7 +139,7 @@ class FlowPasses:
         self.joints[upper, lower] = self.mu._mixed(rows)
 
     def heat_maps(self, number: int, image: Tap) -> Tensor | None:
-        """Returns the joint relevance of each node in a layer and each pixel, of shape ``(N, K, *image positions)``.
+        """Returns the joint relevance of each node in a layer and each pixel, in shape ``(N, K, *image positions)``.
 
         If heat maps are computed at another tap than the image, the relevance of each position is distributed evenly
         over the corresponding pixels. Returns None for layers below that tap, except for the image itself.

@@ -73,6 +73,8 @@ Formats = Mapping[str, torch.dtype]
 
 
 class _Current(threading.local):
+    """Thread-local state of mixed precision."""
+
     def __init__(self) -> None:
         self.formats: Formats = {}
 

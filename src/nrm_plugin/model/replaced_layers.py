@@ -16,7 +16,7 @@ def with_replaced(model: nn.Module, replacements: Mapping[str, Replacement], wha
     """Returns a copy of a model with some layers replaced, which shares all other layers and parameters.
 
     Args:
-        model: The network.
+        model: The network whose layers are replaced.
         replacements: Functions that map a layer to its replacement, keyed by layer name.
         what: Description of the replacement for error messages, such as ``"subspaces"``.
 

@@ -1,4 +1,4 @@
-"""Hashable keys of calls and queries, which describe the form of a call but not its tensor values."""
+"""Hashable keys of model calls and queries: structure, shapes, types and plain values, but no tensor values."""
 
 from __future__ import annotations
 

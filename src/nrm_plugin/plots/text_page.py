@@ -8,7 +8,7 @@ from html import escape
 import torch
 from torch import Tensor
 
-from ..attribution.terminal_output import KINDS, REST, number
+from ..attribution.terminal_text import KINDS, REST, number
 from ..attribution.text import Row, TextExplanation
 from .ribbons import percent
 from .text import Word, words_html
@@ -72,7 +72,7 @@ def _colored(
     values = [row.tolist() for _, row in rows if row is not None]
     maps = [
         [
-            Word(word.text, value, word.is_spaced and number > 0, word.is_special)
+            Word(word.text, value, word.has_space_before and number > 0, word.is_special)
             for number, (word, value) in enumerate(zip(explanation.text.words, row, strict=True))
         ]
         for row in values

@@ -1,7 +1,8 @@
 """The graph of a recording: its vertices are autograd nodes, its buffers their outputs, and its edges their inputs.
 
-A step is a vertex whose node has a :class:`~nrm_plugin.kernels.step.Step`. All other vertices are 0/1 routes, through
-which autograd itself propagates relevance. Vertices are numbered in walk order, from the output to the inputs.
+A step is a vertex whose node has a :class:`~nrm_plugin.kernels.step.Step`, which propagates relevance by a kernel. All
+other vertices are 0/1 routes: they only copy values, and autograd itself propagates relevance through them. Vertices
+are numbered in walk order, from the output to the inputs.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ _WITH_CONSTANTS = frozenset(
 
 @dataclass
 class Vertex:
-    """Autograd node in the graph of a recording.
+    """Node in the graph of a recording: a step, which propagates relevance by a kernel, or a route, which copies.
 
     Attributes:
         node: Node of the autograd graph.
@@ -213,7 +214,7 @@ class Vertex:
 
 @dataclass(frozen=True)
 class Marks:
-    """Bit sets of the marked places that walks can reach below each vertex and edge.
+    """For each vertex and edge, which of several marked tensors and sinks walks can reach below it, as bit sets.
 
     Attributes:
         below_vertex: The marks below each vertex.
@@ -230,11 +231,11 @@ class Graph:
     Args:
         output: The output tensor, which must have a ``grad_fn``.
         leaves: The leaf tensors at which relevance ends. Tensors that do not depend on any of them are constants.
-        top: A node on top of the output, at which the graph starts, or None.
+        contrast: Node of a contrast between the outputs, at which the graph starts, or None to start at the output.
     """
 
-    def __init__(self, output: Tensor, leaves: Sequence[Tensor], top: Any = None) -> None:
-        root, number = written(output.grad_fn, output.output_nr) if top is None else (top, 0)
+    def __init__(self, output: Tensor, leaves: Sequence[Tensor], contrast: Any = None) -> None:
+        root, number = written(output.grad_fn, output.output_nr) if contrast is None else (contrast, 0)
         edges = _edges_in_walk_order(root)
         self.nodes = _depending(edges, leaves)
         position = {node: index for index, node in enumerate(self.nodes)}

@@ -22,7 +22,7 @@ from ..model.inputs_and_outputs import Call, Change, Output, chosen_output, expl
 from ..model.model_protection import Fingerprint, named_tensors, note_restored, preserved
 from ..model.renormalization import TablesUnwritten
 from ..model.trace_guards import audit, untraced, unwatched, without_modes
-from .contrast_step import contrast_top
+from .contrast_step import contrast_node
 from .forward_observer import Observer
 from .graph import Graph
 from .module_names import OUTPUT
@@ -151,12 +151,12 @@ class Recording:
         return start
 
     def _contrasted(self, contrast: Tensor) -> Tensor:
-        """Places the contrast on top of the outputs and returns its relevance."""
-        top = contrast_top(self.graph, self.samples, self.output, contrast)
+        """Makes a contrast between the outputs the root of the graph and returns its relevance."""
+        node = contrast_node(self.graph, self.samples, self.output, contrast)
         names = self.taps.output_names()
-        self.structure = self._restructured(top)
+        self.structure = self._restructured(node)
         self.taps.fused = names - self.taps.output_names()
-        start = torch.ones(top.shape, dtype=top.dtype, device=top.device)
+        start = torch.ones(node.shape, dtype=node.dtype, device=node.device)
         if self.samples.count > 1 and not self.samples.is_plain:
             with torch.inference_mode(False), torch.no_grad(), audit():
                 self.samples.find(start)
@@ -168,11 +168,11 @@ class Recording:
         return self.samples.layout(self.graph.output)
 
     def unfolded(self) -> Tensor:
-        """Returns the detached output, of shape ``(N, …)``."""
+        """Returns the detached output in shape ``(N, …)``."""
         return self._layout.unfold(self.output.detach())
 
     def outputs(self) -> Tensor:
-        """Returns a copy of the output, of shape ``(N, …)``, or as returned by the model with ``batched=False``."""
+        """Returns a copy of the output in shape ``(N, …)``, or as returned by the model with ``batched=False``."""
         return (self.unfolded() if self.samples.batched else self.output.detach()).clone()
 
     @property
@@ -190,7 +190,7 @@ class Recording:
         return 0.0 if self._other is None else 1e6 * LEAST[working_dtype(self.output.dtype)]
 
     def differences(self) -> Tensor:
-        """Returns the change of the output from the reference, of shape ``(N, …)``, with tiny numbers for zeros."""
+        """Returns the change of the output from the reference in shape ``(N, …)``, with tiny numbers for zeros."""
         assert self._other is not None
         return self.samples.layout(self.graph.output).unfold(difference(self.output.detach(), self._other).delta)
 
@@ -261,7 +261,7 @@ def _run(
 
 @dataclass(frozen=True)
 class Reference:
-    """Reference of a measure that explains a difference.
+    """Reference (baseline) input of a measure that explains the difference between two outputs.
 
     Attributes:
         call: The call to the model with the reference as inputs.
@@ -287,7 +287,7 @@ def _limited(is_tangent: bool, limit: int) -> tuple[ReferencePass, FirstRun]:
 
 @dataclass(frozen=True)
 class Rerun:
-    """Arguments of a :class:`Recording`, with methods that run the model again.
+    """Arguments of a recorded model call, with methods that run the model again.
 
     Attributes:
         formats: The autocast dtypes of layers at the time of the recording.

@@ -72,7 +72,7 @@ def _replacing(mask: Tensor, fill: Fill, reference: Tensor | None) -> Callable[.
 
 
 def activations(model: nn.Module, inputs: Any, layers: Sequence[str]) -> dict[str, Tensor]:
-    """Returns the output of each module, of shape ``(N, *shape)``, from one forward pass.
+    """Returns the output of each module, as a tensor of shape ``(N, *shape)``, from one forward pass.
 
     If a module is called several times, its last output is returned.
 

@@ -45,7 +45,7 @@ def with_features(
     of the layer. Composites that map names to rules must use ``"mlp.layer"``.
 
     Args:
-        model: The network.
+        model: The network to extend.
         dictionaries: Dictionaries keyed by layer name, or a crosscoder. If a layer returns a tuple, its first tensor is
             reconstructed. Channels are in the last dimension.
         errors: ``"pass"`` to propagate the relevance of the error through the layer, or ``"absorb"`` to absorb it, as
@@ -80,7 +80,7 @@ def with_features(
 
 
 class _Board:
-    """Store of the features computed so far in a forward pass, for the decoders of later layers."""
+    """Features computed so far in a forward pass, which the decoders of later layers read."""
 
     def __init__(self, sites: int) -> None:
         self.sites, self.features = sites, dict[str, Tensor]()
@@ -157,6 +157,8 @@ class WithFeatures(nn.Module):
 
 
 class _Features(nn.Module):
+    """Module that concatenates features and errors. Its output is the tensor (tap) at which they are queried."""
+
     nrm_channel_dim: ClassVar[int] = -1
 
     def forward(self, *parts: Tensor) -> Tensor:
@@ -204,7 +206,7 @@ def reconstruction_error(
 def without_rounding(total: Tensor, values: Tensor) -> Tensor:
     """Returns ``values`` but propagates relevance to ``total``, which equals ``values`` up to rounding.
 
-    Where ``total`` should be zero, it can be a rounding error. A rule would divide by this error.
+    Where ``total`` should be zero, rounding may leave a tiny value instead, by which a rule would then divide.
     """
     if has_torch_function((total, values)):
         exact: Tensor = handle_torch_function(without_rounding, (total, values), total, values)
@@ -238,16 +240,17 @@ class _AbsorbingKernel(Kernel):
 
 
 def feature_groups(model: nn.Module, site: str) -> Tensor:
-    """Returns the group of each neuron of the tap ``f"{site}.features"``, of shape ``(F + d,)``, for use as ``over=``.
+    """Returns the group of each neuron of the tap ``f"{site}.features"``, for use as ``over=``.
 
-    Each feature is a group. The error is group ``F``, and the skip path, if there is one, is group ``F + 1``.
+    The groups are a tensor of shape ``(F + d,)``. Each feature is a group. The error is group ``F``, and the skip path,
+    if there is one, is group ``F + 1``.
 
     Args:
         model: The model returned by :func:`with_features`.
         site: Name of the layer.
 
     Raises:
-        InputError: If the layer has no features.
+        InputError: If ``site`` names a layer without features.
 
     Examples:
         >>> dictionary = Dictionary(torch.rand(2, 4), torch.rand(4, 2))
@@ -261,14 +264,14 @@ def feature_groups(model: nn.Module, site: str) -> Tensor:
 
 
 def reconstruction_errors(model: nn.Module, site: str | None = None) -> Event:
-    """Returns the event that a walk crosses the reconstruction error of one layer or of any layer.
+    """Returns the event that a walk passes through the reconstruction error of one layer, or of any layer.
 
     Args:
         model: The model returned by :func:`with_features`.
         site: Name of the layer, or None for all layers with features.
 
     Raises:
-        InputError: If the layer has no features.
+        InputError: If ``site`` names a layer without features.
 
     Examples:
         >>> dictionary = Dictionary(torch.rand(2, 4), torch.rand(4, 2))

@@ -1,4 +1,4 @@
-"""Chains of layers with grouped neurons, from the output to the input."""
+"""Sequences of layers with grouped neurons, from the output to the input."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ..recording.propagation import push
 
 
 class LayerChain:
-    """Chain of layers from the output to the input, with their neurons divided into groups. Tensors are flattened.
+    """Sequence of layers from the output to the input, with their neurons divided into groups. Tensors are flattened.
 
     Args:
         mu: A single-sample measure.
-        layers: Taps, each below the previous one.
+        layers: Layers, each closer to the input than the previous one.
         over: The kind of groups: one for all layers, or one per layer.
 
     Attributes:
@@ -62,7 +62,7 @@ class LayerChain:
         ]
 
     def first(self) -> Tensor:
-        """Returns the marginal of the first layer, of shape ``(n_0,)``."""
+        """Returns the marginal of the first layer, as a tensor of shape ``(n_0,)``."""
         return self.mu.marginal(self.atoms[0]).flatten()
 
     def propagate(self, level: int, vectors: Tensor) -> Tensor:

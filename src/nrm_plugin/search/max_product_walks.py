@@ -29,7 +29,7 @@ class NeuronPath:
         place: The tensor at which the path ends.
         neuron: Flat index of the last neuron in this tensor.
         mass: Product of the elements of the start vector and the kernels along the path.
-        bound: Mass of the best completion, exact up to rounding.
+        bound: Largest mass of a walk that continues this path to an input, exact up to rounding.
         number: Creation index. It breaks ties.
         neurons: Flat index of the neuron at each named tap of the path, from the output to the input.
     """
@@ -55,7 +55,7 @@ class MaxProduct:
         mu: A single-sample measure.
 
     Attributes:
-        completions: :math:`V` of each tensor, flattened.
+        completions: :math:`V`, the largest mass of a continuation from each neuron, for each tensor, flattened.
         names: The first name of each named tap.
 
     Raises:
@@ -80,9 +80,10 @@ class MaxProduct:
                 self.completions[place] = self._completion(place)
 
     def walks(self, k: int, deadline: float = math.inf, expansions: int | None = None) -> list[NeuronPath]:
-        """Returns the ``k`` walks with the largest mass, or fewer if no other walk has mass or time runs out.
+        """Returns the ``k`` walks with the largest mass.
 
-        The first walk is always completed.
+        Fewer walks are returned if no others have nonzero mass, or if the deadline or the limit of expansions is
+        reached. Even then, the first walk is completed.
         """
         output = self.graph.output
         prefixes = self._continuations(None, output, self.start, k)
@@ -143,7 +144,7 @@ class MaxProduct:
         return best
 
     def _columns(self, place: Buffer, neurons: list[int]) -> Iterator[tuple[Buffer, Tensor]]:
-        """Yields kernel columns of the step that computes a tensor, of shape ``(K, in)`` for each input of the step."""
+        """Yields kernel columns of the step that computes a tensor, in shape ``(K, in)`` for each input."""
         vertex = self.graph.vertices[place.vertex]
         shape = vertex.shapes[place.number]
         device = self.graph.device(place)

@@ -1,4 +1,4 @@
-"""Relevance maximization: reference examples of channels and events, from one pass over the data."""
+"""Search for reference examples: the samples with the most relevance for channels and events, in one pass."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def find_references(
 
 
 def _explained_classes(target: str | int, labels: Tensor | None, outputs: Tensor) -> Tensor:
-    """Returns the explained class of each sample, of shape ``(N,)``.
+    """Returns the explained class of each sample, as a tensor of shape ``(N,)``.
 
     Raises:
         InputError: If the model is not a classifier.
