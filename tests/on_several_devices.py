@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_leaves
 import nrm_plugin as nrm
 from nrm_plugin import RelevanceMeasure, at
 from nrm_plugin.dataset.evaluation import Evaluation
+from nrm_plugin.dataset.example_search import find_references
 from nrm_plugin.dataset.glocal import mean_flow
 from nrm_plugin.dataset.mean_conditionals import MeanConditionals
 from nrm_plugin.dataset.queries import Activation, Conditional, EventMass, Joint, Maps, Marginal, Peak, Sink
-from nrm_plugin.dataset.reference_search import find_references
 from nrm_plugin.dataset.statistics import ClasswiseRelevance
 from nrm_plugin.errors import RandomnessWarning
 from nrm_plugin.measure.flow_heat_maps import mapped_flow
