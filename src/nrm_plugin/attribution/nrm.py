@@ -14,6 +14,7 @@ from ..events.event import Atom, Event
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
 from ..model.checks import check_module
+from ..model.devices import on_device_of
 from ..model.inputs_and_outputs import Output, check_batched
 from ..model.targets import sample_sums
 from ..plan.reuse import measures_of
@@ -253,7 +254,8 @@ class NRM(GradientAttribution):
         """
         parts = attributions if isinstance(attributions, tuple) else (attributions,)
         sums = [sample_sums(part if self.batched else part.unsqueeze(0)) for part in parts]
-        return output.flatten() - accounted - torch.stack(sums).sum(0)
+        output = output.flatten()
+        return output - accounted - torch.stack([on_device_of(one, output) for one in sums]).sum(0)
 
     # -- internal ---------------------------------------------------------------------------------------------
 

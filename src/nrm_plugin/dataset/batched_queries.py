@@ -11,6 +11,7 @@ from torch import Tensor
 from ..events.event import Atom, Event, at
 from ..measure.groups import by_label
 from ..measure.measure import RelevanceMeasure
+from ..model.devices import by_sample
 from .queries import (
     Activation,
     Bypass,
@@ -127,7 +128,7 @@ class QueryResults:
 
     def _conditioned(self, values: Tensor, query: Marginal | Maps | EventMass) -> Tensor:
         assert query.given is not None
-        mass = self.masses[query.given].reshape(-1, *(1,) * (values.ndim - 1))
+        mass = by_sample(self.masses[query.given], values)
         return _quotient(values, mass, mass.abs() <= query.min_ratio)
 
     def _joint(self, query: Joint) -> Tensor:
@@ -172,7 +173,7 @@ class QueryResults:
         """Multiplies values of shape ``(N, …)`` by the sign of the explained output of each sample."""
         if not bool((self._signs < 0).any()):
             return values
-        return values * self._signs.reshape(-1, *(1,) * (values.ndim - 1))
+        return values * by_sample(self._signs, values)
 
     # -- groups -------------------------------------------------------------------------------------------------------
 

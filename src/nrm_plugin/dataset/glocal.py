@@ -27,6 +27,7 @@ from ..measure.group_search import K
 from ..measure.layer_groups import Groups
 from ..measure.measure import RelevanceMeasure
 from ..measure.partitions import Names, Partition, partition
+from ..model.devices import by_sample
 from .sweep_flow import flow_of_sweep, flow_queries, reduced
 
 Array = NDArray[np.float64]
@@ -157,8 +158,7 @@ class _MeanMeasure:
         return self._mean(self.mu.bypass(layer))
 
     def _mean(self, values: Tensor) -> Tensor:
-        signs = self._signs.reshape(-1, *(1,) * (values.ndim - 1))
-        return (values.double() * signs).mean(0, keepdim=True)
+        return (values.double() * by_sample(self._signs, values)).mean(0, keepdim=True)
 
 
 def mixed(graphs: Sequence[FlowGraph], weights: Sequence[float]) -> FlowGraph:

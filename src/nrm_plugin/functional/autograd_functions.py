@@ -172,7 +172,7 @@ def _attach(node: Any, kernel: Kernel) -> None:
     node.step = step
 
     def replace(below: tuple[Any, ...], above: tuple[Any, ...]) -> tuple[Any, ...]:
-        with exact(above[0].device):
+        with exact():
             parts, _ = step.pull(above[0].unsqueeze(0))
         return tuple(None if old is None else part[0] for old, part in zip(below, parts, strict=True))
 

@@ -119,6 +119,8 @@ def difference_step(observed: ObservedCall, forward_pass: InterceptedPass, refer
         return NO_KERNEL  # such as a conversion to the same format
     if not isinstance(output, Tensor) or not output.is_floating_point():
         return NO_KERNEL
+    if call.name in CONVERSIONS and output.dtype == call.values[0].dtype:
+        return NO_KERNEL  # a move to another device
     output = output.detach()
     if any(output.data_ptr() == value.data_ptr() for value in call.values):
         output = output.clone()

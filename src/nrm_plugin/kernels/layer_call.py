@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class LayerCall:
     name: str
     saved_output: Saved | None = None
     image: Image | None = None
-    precision: torch.dtype | None = field(default_factory=current)
+    precision: torch.dtype | None = None
 
     @classmethod
     def of(
@@ -75,7 +75,8 @@ class LayerCall:
         """Creates the record of a call, saving only the tensors that the rule reads."""
         saved_output = Saved(output) if _reads_output(rule) else None
         # The output itself is linked to a step, so storing it would create a reference cycle.
-        return cls(rule, module, run, saved_input, shape_like(output), name, saved_output, image)
+        like = shape_like(output)
+        return cls(rule, module, run, saved_input, like, name, saved_output, image, current(output.device))
 
     @property
     def input(self) -> Tensor:

@@ -308,7 +308,7 @@ def step_of(node: Any) -> Step | None:
 
 def _propagated(ctx: Any, relevance: Tensor) -> tuple[Tensor, ...]:
     """Returns the relevance at each input. With ``create_graph=True``, it is attached to the origin of the kernel."""
-    with exact(relevance.device):
+    with exact():
         parts, _ = ctx.step.pull(relevance.unsqueeze(0).to(ctx.step.dtype))
     rows = tuple(part.squeeze(0) for part in parts)
     if ctx.origin is None or not torch.is_grad_enabled():  # without create_graph=True

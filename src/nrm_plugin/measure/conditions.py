@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import CancellationError, EventError, NullEventError, brief, samples
 from ..events.event import Event
+from ..model.devices import by_sample
 
 MIN_RATIO = {torch.float32: 1e-3, torch.float64: 1e-8}
 """Smallest accepted divisor ``|μ(B)|``, relative to the variation of ``B``, keyed by dtype."""
@@ -87,4 +88,4 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
 
 def divided(values: Tensor, mass: Tensor) -> Tensor:
     """Divides relevance of shape ``(N, *shape)`` at a tap by one mass per sample, given in shape ``(N,)``."""
-    return values / mass.to(values.device).reshape(-1, *(1,) * (values.ndim - 1))
+    return values / by_sample(mass, values)

@@ -50,7 +50,7 @@ class FlowPasses:
         self.mu, self.taps = mu, list(taps)
         self.joints: dict[tuple[int, int], Tensor] = {}
         self.maps: dict[int, Tensor] = {}
-        self._labels = [one.to(mu._start.device) for one in labels]
+        self._labels = [one.to(mu._recording.graph.device(tap.place)) for one, tap in zip(labels, taps, strict=True)]
         self._map_tap = maps
         self._stop = _stop(mu, self.taps, maps)
         totals = mu._pass([*taps, self._stop])
@@ -116,11 +116,11 @@ class FlowPasses:
         start = self.mu._start
 
         def run(groups: Sequence[int]) -> list[Tensor]:
-            members = [lowest.layout.fold((labels == group).unsqueeze(0).to(start)) for group in groups]
+            members = [lowest.layout.fold((labels == group).unsqueeze(0).to(start.dtype)) for group in groups]
             masks = torch.stack([mask.expand(lowest.tensor_shape) for mask in members])
             collected, _ = push(self.mu._recording.graph, lowest.place, stop.place, masks)
             if collected is None:
-                collected = start.new_zeros((len(groups), *stop.tensor_shape))
+                collected = self._at_stop.new_zeros((len(groups), *stop.tensor_shape))
             return list(stop.layout.unfold(collected, 1))
 
         groups = range(int(labels.max()) + 1)
@@ -169,7 +169,7 @@ class FlowPasses:
 def flow_passes(mu: Any, taps: Sequence[Tap], labels: Sequence[Tensor], maps: Tap | None) -> FlowPasses:
     """Constructs :class:`FlowPasses` from the same arguments, in any gradient mode."""
     mu._check_fresh()
-    with torch.inference_mode(False), torch.no_grad(), exact(mu._start.device):
+    with torch.inference_mode(False), torch.no_grad(), exact():
         return FlowPasses(mu, taps, labels, maps)
 
 

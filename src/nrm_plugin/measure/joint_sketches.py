@@ -58,7 +58,7 @@ class PairJoints:
         self.counts = [int(labels_of(tap, kind).max()) + 1 for tap, kind in zip(self.taps, kinds, strict=True)]
         own = list(self.taps)
         self._moves_image = self._move_image()
-        with torch.inference_mode(False), torch.no_grad(), exact(mu._start.device):
+        with torch.inference_mode(False), torch.no_grad(), exact():
             totals = mu._pass([*own, self.taps[-1]])
             self.relevance = [totals.relevance(tap) for tap in self.taps]
             marginals = zip(own, kinds, [totals.relevance(tap) for tap in own], strict=True)
@@ -90,7 +90,7 @@ class PairJoints:
             The joint relevance, of shape ``(N, upper, lower)``, and True if it is exact.
         """
         upper, lower, relevance = self.taps[pair], self.taps[pair + 1], self.relevance[pair]
-        with torch.inference_mode(False), torch.no_grad(), exact(relevance.device):
+        with torch.inference_mode(False), torch.no_grad(), exact():
             if self.kinds[pair] == self.kinds[pair + 1] == "channel":
                 direct = neighbor_matrix(self.mu._recording, upper, lower, relevance)
                 if direct is not None:
@@ -117,7 +117,7 @@ class PairJoints:
     def of_groups(self, pair: int, above: Over, below: Over) -> Tensor:
         """Returns the exact joint relevance of the groups in two layers, in shape ``(N, groups, groups below)``."""
         upper, lower, relevance = self.taps[pair], self.taps[pair + 1], self.relevance[pair]
-        with torch.inference_mode(False), torch.no_grad(), exact(relevance.device):
+        with torch.inference_mode(False), torch.no_grad(), exact():
             if upper.place == lower.place:
                 matrix = _of_one_layer(relevance, labels_of(upper, above), labels_of(lower, below))
             else:
@@ -135,7 +135,7 @@ class PairJoints:
         relevance = self.relevance[pair]
         random = torch.Generator().manual_seed(0)
         signs = torch.randint(2, (RANK, self.counts[pair + 1]), generator=random).to(relevance) * 2 - 1
-        with torch.inference_mode(False), torch.no_grad(), exact(relevance.device):
+        with torch.inference_mode(False), torch.no_grad(), exact():
             above = self._above(pair, signs)
             basis, _ = torch.linalg.qr(above.double())
             below = self._below(pair, basis.to(relevance))

@@ -42,7 +42,7 @@ def query(method: Callable[P, T]) -> Callable[P, T]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         args[0]._check_fresh()  # type: ignore[attr-defined]
         one = args[0]._one_query  # type: ignore[attr-defined]
-        with one, torch.inference_mode(False), torch.no_grad(), exact(args[0]._start.device):  # type: ignore[attr-defined]
+        with one, torch.inference_mode(False), torch.no_grad(), exact():
             answer = args[0]._answer(method, args[1:], kwargs)  # type: ignore[attr-defined]
             if not is_traced():  # otherwise, the query that is traced checks its own results
                 check_finite(args[0], answer)

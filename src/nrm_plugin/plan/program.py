@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..measure.marginals import copied
 from ..model.autocast import exact
+from ..model.devices import on_one_device
 from .simplify import Simplifier
 from .trace import Operation, Trace, Value, needed
 
@@ -94,7 +95,7 @@ class Program:
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[Any]]:
         """Runs the first stage. Returns the outputs and the state, the tensors that the second stage reads."""
-        with _plain(inputs[0].device):
+        with _plain():
             outputs, state, checks = _run(self._forward, *inputs)
         _check(checks)
         return outputs, list(state)
@@ -113,7 +114,7 @@ class Program:
         Returns:
             The results of the query.
         """
-        with _plain(start[0].device):
+        with _plain():
             for at in self._overwritten[query] if is_kept else ():
                 state[at] = copied(state[at])
             results, checks = _run(self._relevance[query], state, *start)
@@ -168,14 +169,13 @@ def _run(stage: Callable[..., Any], *args: Any) -> Any:
 
 
 @contextmanager
-def _plain(device: torch.device) -> Iterator[None]:
+def _plain() -> Iterator[None]:
     """Context manager in which operations run exactly as traced, whatever the modes of the caller."""
     with (
         torch.inference_mode(False),
         torch.no_grad(),
         torch._C.DisableTorchFunction(),
-        torch.autocast(device.type, enabled=False),
-        exact(device),
+        exact(),
     ):
         yield
 
@@ -224,7 +224,7 @@ def _check(checks: Sequence[tuple[Any, Any, str]]) -> None:
     tensors = [value for value, _, _ in checks if isinstance(value, Tensor)]
     if any(one.dtype is not torch.bool for one in tensors):
         tensors = [one.double() for one in tensors]
-    values = iter(torch.stack(tensors).tolist() if tensors else ())
+    values = iter(torch.stack(on_one_device(tensors)).tolist() if tensors else ())
     bad = []
     for value, expected, origin in checks:
         if not _is_same(next(values) if isinstance(value, Tensor) else value, expected):

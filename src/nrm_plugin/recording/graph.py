@@ -64,6 +64,7 @@ class Vertex:
         shapes: Shape of each output.
         dtypes: The dtype of relevance at each output.
         arriving: The dtype of relevance at each input, or None for a constant.
+        devices: The device of each input, or None for a constant; None if all are on the device of the outputs.
         is_short: Whether the vertex is a route with an input or output in lower precision than float32.
         leaf: The leaf tensor if the graph ends at this vertex, or None.
     """
@@ -74,6 +75,7 @@ class Vertex:
     shapes: tuple[torch.Size, ...]
     dtypes: tuple[torch.dtype, ...]
     arriving: tuple[torch.dtype | None, ...]
+    devices: tuple[torch.device | None, ...] | None = None
     is_short: bool = False
     leaf: Tensor | None = None
     _constant_share: tuple[Tensor, ...] | None = field(default=None, repr=False)
@@ -82,7 +84,8 @@ class Vertex:
         """Propagates relevance of shape ``(K, *shape)`` from each output to each edge.
 
         Returns:
-            The relevance at each edge, in the dtype given by :attr:`arriving`; and the absorbed fraction, or None.
+            The relevance at each edge, in the dtype given by :attr:`arriving` and on the device of the input; and the
+            absorbed fraction, or None.
         """
         if self.step is not None:
             (single,) = relevance
@@ -106,6 +109,9 @@ class Vertex:
 
     def push(self, values: list[Tensor | None], absorbed: list[Tensor | None]) -> list[Tensor | None]:
         """Applies the transpose of :meth:`pull`. ``absorbed`` contains the values at the sink of each output."""
+        if self.devices is not None and (self.step is not None or self.index is not None):
+            home = self.node._input_metadata[0].device
+            values = [value if value is None else value.to(home) for value in values]
         if self.step is not None:
             return [self.step.push(tuple(values), absorbed[0])]
         known = [value for value in values if value is not None]
@@ -137,6 +143,9 @@ class Vertex:
         self.__dict__.pop("index", None)
 
     def _converted(self, parts: Sequence[Tensor | None]) -> list[Tensor | None]:
+        if self.devices is not None:
+            pairs = zip(parts, self.devices, strict=True)
+            parts = [part if part is None or device is None else part.to(device) for part, device in pairs]
         return [
             part if part is None or dtype in (None, part.dtype) else part.to(dtype)
             for part, dtype in zip(parts, self.arriving, strict=True)
@@ -341,7 +350,9 @@ def _vertex(node: Any, read: list[tuple[Any, int]], position: dict[Any, int]) ->
     leaf = getattr(node, "variable", None)
     outputs = node._input_metadata if step is None else node._input_metadata[:1]  # a Function uses only the first
     shapes, formats = zip(*((torch.Size(m.shape), m.dtype) for m in outputs), strict=True)
-    below = [lower._input_metadata[number].dtype if lower in position else None for lower, number in read]
+    metadata = [lower._input_metadata[number] if lower in position else None for lower, number in read]
+    below = [None if one is None else one.dtype for one in metadata]
+    devices = tuple(None if one is None else one.device for one in metadata)
     return Vertex(
         node,
         step,
@@ -349,6 +360,7 @@ def _vertex(node: Any, read: list[tuple[Any, int]], position: dict[Any, int]) ->
         shapes,
         tuple(working_dtype(one) for one in formats),
         tuple(None if one is None else working_dtype(one) for one in below),
+        None if {*devices} <= {None, outputs[0].device} else devices,
         step is None and any(one is not None and is_short_format(one) for one in (*formats, *below)),
         leaf,
     )

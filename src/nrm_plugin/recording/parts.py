@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..errors import StaleMeasureError
 from ..kernels.layer_step import LayerStep
 from ..kernels.step import Step
+from ..model.devices import on_one_device
 from .stored_outputs import (
     WORTH,
     StoredCall,
@@ -200,7 +201,10 @@ class Repeat:
     def is_same(self) -> bool:
         """Returns True if the steps of the part have the same outputs as in the first run."""
         known = self._first.values[self._part.start : self._part.stop]
-        return len(self.values) == len(known) and _are_close(torch.cat(known), torch.cat(self.values))
+        if len(self.values) != len(known):
+            return False
+        both = on_one_device([*known, *self.values])
+        return _are_close(torch.cat(both[: len(known)]), torch.cat(both[len(known) :]))
 
     def watch(self, module: nn.Module, name: str) -> None:
         if name in self._replaced:

@@ -26,6 +26,7 @@ from ..functional import FunctionCall, register_kernel
 from ..functional.function_kernels import with_zeros
 from ..kernels.base import Kernel
 from ..measure.measure import RelevanceMeasure
+from ..model.devices import on_one_device
 from ..model.replaced_layers import Replacement, first_tensor, with_first_tensor, with_replaced
 from .dictionaries import Crosscoder, Dictionary
 
@@ -69,11 +70,11 @@ def with_features(
     if errors not in ("pass", "absorb"):
         raise InputError(f"errors={brief(errors)} is unknown; choose 'pass' or 'absorb'.")
     crosscoder = dictionaries if isinstance(dictionaries, Crosscoder) else Crosscoder(dictionaries)
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    like = _first_weight(model, torch.empty(0))
     board = _Board(len(crosscoder.dictionaries))
 
     def traced(site: str) -> Replacement:
-        return lambda layer: WithFeatures(layer, site, crosscoder, board, errors, like)
+        return lambda layer: WithFeatures(layer, site, crosscoder, board, errors, _first_weight(layer, like))
 
     return with_replaced(model, {site: traced(site) for site in crosscoder.dictionaries}, "features")
 
@@ -115,7 +116,8 @@ class WithFeatures(nn.Module):
         through = [identity] * (1 if dictionary.skip is None else 2)
         self.layer, self.features = layer, _Features()
         self.encoder = _linear(dictionary.encoder.T, dictionary.encoder_bias, like)
-        self.decoder = _linear(torch.cat([*across, dictionary.decoder, *through]).T, dictionary.decoder_bias, like)
+        decoder = torch.cat(on_one_device([*across, dictionary.decoder, *through]))
+        self.decoder = _linear(decoder.T, dictionary.decoder_bias, like)
         self.skip = None if dictionary.skip is None else _linear(dictionary.skip, None, like)
         self.train(layer.training)
 
@@ -125,14 +127,16 @@ class WithFeatures(nn.Module):
         source = values
         if self.dictionary.reads == "input":
             source = self._checked([*args, *kwargs.values()], len(self.dictionary.encoder), "reads")
+        home = self.encoder.weight.device  # not that of a layer without weights, if the model is on several devices
+        source, own = source.to(home), values.to(home)
         active = feature_activation(self.encoder(source), self.dictionary)
         skip = [] if self.skip is None else [self.skip(source)]
-        lower = [self.board.get(site, self.site) for site in self.lower]
-        error = reconstruction_error(values, [*lower, active], skip, self.decoder, self.errors)
+        lower = [self.board.get(site, self.site).to(home) for site in self.lower]
+        error = reconstruction_error(own, [*lower, active], skip, self.decoder, self.errors)
         features = self.features(active, error, *skip)
         self.board.put(self.site, features[..., : len(self.dictionary)])
         total = self.decoder(torch.cat([*lower, features], -1))
-        return with_first_tensor(output, without_rounding(total, values))
+        return with_first_tensor(output, without_rounding(total.to(values.device), values))
 
     def _checked(self, values: Any, width: int, verb: str) -> Tensor:
         tensor = first_tensor(values)
@@ -159,6 +163,11 @@ class _Features(nn.Module):
 
     def forward(self, *parts: Tensor) -> Tensor:
         return torch.cat(parts, -1)
+
+
+def _first_weight(module: nn.Module, otherwise: Tensor) -> Tensor:
+    """Returns the first floating-point parameter, whose device and dtype a dictionary takes."""
+    return next((parameter for parameter in module.parameters() if parameter.is_floating_point()), otherwise)
 
 
 def _linear(weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Linear:

@@ -15,6 +15,7 @@ from ..errors import NRMError
 from ..measure.finite_results import check_finite
 from ..measure.measure import RelevanceMeasure
 from ..measure.memory_budget import width_of
+from ..model.devices import on_device_of
 from ..recording.places import Buffer, Place
 from ..recording.taps import Tap
 from .walk_bounds import now
@@ -130,14 +131,15 @@ class MaxProduct:
         return all(edge is None for edge in self.graph.vertices[place.vertex].edges)
 
     def _completion(self, place: Buffer) -> Tensor:
-        best = self.start.new_zeros(math.prod(self.graph.shape(place)))
+        best = self.start.new_zeros(math.prod(self.graph.shape(place)), device=self.graph.device(place))
         if self._is_input(place):
             return best + 1
         for neurons in torch.split(torch.arange(len(best)), self._width):
             for edge, columns in self._columns(place, neurons.tolist()):
                 if bool((columns < 0).any()):
                     raise _has_negative_entries(f"the kernel of {self.recording.taps.name_at(place.vertex)}")
-                best[neurons] = torch.maximum(best[neurons], (columns * self.completions[edge]).amax(1))
+                through = (columns * self.completions[edge]).amax(1)
+                best[neurons] = torch.maximum(best[neurons], on_device_of(through, best))
         check_finite(self._mu, best)
         return best
 
@@ -145,11 +147,12 @@ class MaxProduct:
         """Yields kernel columns of the step that computes a tensor, in shape ``(K, in)`` for each input."""
         vertex = self.graph.vertices[place.vertex]
         shape = vertex.shapes[place.number]
-        unit_vectors = self.start.new_zeros((len(neurons), math.prod(shape)))
+        device = self.graph.device(place)
+        unit_vectors = self.start.new_zeros((len(neurons), math.prod(shape)), device=device)
         unit_vectors[range(len(neurons)), neurons] = 1
         arriving: list[Tensor | None] = [None] * len(vertex.shapes)
         if vertex.step is None:  # autograd nodes require a gradient for their first output
-            arriving[0] = self.start.new_zeros((len(neurons), *vertex.shapes[0]))
+            arriving[0] = self.start.new_zeros((len(neurons), *vertex.shapes[0]), device=device)
         arriving[place.number] = unit_vectors.view(len(neurons), *shape)
         parts, _ = vertex.pull(arriving)
         for part, edge in zip(parts, vertex.edges, strict=True):

@@ -21,6 +21,7 @@ from ..errors import InputError, brief
 from ..events.event import Event, at
 from ..measure.groups import Over, by_label, labels_of
 from ..measure.measure import RelevanceMeasure
+from ..model.devices import on_device_of
 from .layer_chain import intersection, kinds_of_groups
 
 Metric = Literal["mse", "smape"]
@@ -314,7 +315,7 @@ class _GroupPool:
         event = kept_event(self.masks(self.split(kept)))
         marginals = self.mu.marginal([*self.layers, "input"], joint=event)
         groups = zip(self.layers, self.labels, strict=True)
-        parts = [by_label(marginals[layer].flatten(1), labels) for layer, labels in groups]
+        parts = [on_device_of(by_label(marginals[layer].flatten(1), labels), kept) for layer, labels in groups]
         heat_map = marginals["input"]
         count = int(kept.sum(1).max())
         point = CurvePoint(count, mse(self.full, heat_map), smape(self.full, heat_map), parts[0].sum(1))
@@ -328,7 +329,7 @@ def _elimination(pool: _GroupPool, rounds: int, last: int) -> tuple[Tensor, list
         The rank of each group, of shape ``(N, all groups)``, and the error curve.
     """
     schedule = [round(pool.size * (last / pool.size) ** (step / rounds)) for step in range(1, rounds + 1)]
-    kept = torch.ones((pool.mu.batch, pool.size), dtype=torch.bool, device=pool.full.device)
+    kept = torch.ones((pool.mu.batch, pool.size), dtype=torch.bool, device=pool.mu._start.device)
     order = torch.zeros_like(kept, dtype=torch.long)
     curve = []
     count = pool.size
@@ -357,7 +358,7 @@ def _smallest_counts(pool: _GroupPool, order: Tensor, metric: Metric, limit: flo
     while bool((low < high).any()):
         middle = (low + high) // 2
         _, point = pool.joint(order < middle[:, None])
-        is_small = getattr(point, metric) <= limit
+        is_small = on_device_of(getattr(point, metric) <= limit, low)
         high = torch.where(is_small, middle, high)
         low = torch.where(is_small, low, middle + 1).minimum(high)
     return high.cpu()

@@ -61,7 +61,8 @@ class CompletionBounds:
     def __init__(self, chain: LayerChain, deadline: float) -> None:
         self.chain, self.deadline = chain, deadline
         self.exact: Tensor | None = None
-        self.completions: list[Tensor] = [chain.mu._start.new_ones(len(chain.labels[-1]))]
+        last = chain.labels[-1]
+        self.completions: list[Tensor] = [chain.mu._start.new_ones(len(last), device=last.device)]
         self.tables: list[Tensor | None] = []
         marginals = chain.mu.marginal(list(chain.atoms))
         self._sizes = [marginals[atom].flatten().abs() for atom in chain.atoms]
