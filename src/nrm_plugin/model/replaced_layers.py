@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import InputError, UnknownLayerError, brief
+from .shallow_copies import rebind
 
 Replacement = Callable[[nn.Module], nn.Module]
 
@@ -44,6 +45,7 @@ def _replaced(module: nn.Module, replacements: Mapping[str, Replacement], path: 
             copied._modules[name] = replacements[full](child)
         elif child is not None and any(layer.startswith(f"{full}.") for layer in replacements):
             copied._modules[name] = _replaced(child, replacements, f"{full}.")
+    rebind(copied, module)
     return copied
 
 
