@@ -321,13 +321,16 @@ class Named(Normalized):
         **rules: Keyword arguments of the wrapped Zennit composite. The remaining arguments are those of
             :class:`~nrm_plugin.Normalized`.
 
+    Attributes:
+        wrapped: Class of the wrapped Zennit composite.
+
     Examples:
         >>> from zennit.composites import COMPOSITES
         >>> COMPOSITES["nrm_epsilon_plus"](residual="sink", epsilon=0.1).normalization.residual
         'sink'
     """
 
-    _wrapped: ClassVar[type[Composite]]
+    wrapped: ClassVar[type[Composite]]
 
     def __init__(
         self,
@@ -337,49 +340,49 @@ class Named(Normalized):
         sums: Sums = "absolute",
         **rules: Any,
     ) -> None:
-        super().__init__(self._wrapped(**rules), residual, gain_limit, uncovered, sums)
+        super().__init__(self.wrapped(**rules), residual, gain_limit, uncovered, sums)
 
 
 @register("nrm_epsilon_plus")
 class NRMEpsilonPlus(Named):
     """Normalized variant of Zennit's ``EpsilonPlus``; see :class:`Named` for the arguments."""
 
-    _wrapped = EpsilonPlus
+    wrapped = EpsilonPlus
 
 
 @register("nrm_epsilon_plus_flat")
 class NRMEpsilonPlusFlat(Named):
     """Normalized variant of Zennit's ``EpsilonPlusFlat``; see :class:`Named` for the arguments."""
 
-    _wrapped = EpsilonPlusFlat
+    wrapped = EpsilonPlusFlat
 
 
 @register("nrm_epsilon_alpha2_beta1")
 class NRMEpsilonAlpha2Beta1(Named):
     """Normalized variant of Zennit's ``EpsilonAlpha2Beta1``; see :class:`Named` for the arguments."""
 
-    _wrapped = EpsilonAlpha2Beta1
+    wrapped = EpsilonAlpha2Beta1
 
 
 @register("nrm_epsilon_alpha2_beta1_flat")
 class NRMEpsilonAlpha2Beta1Flat(Named):
     """Normalized variant of Zennit's ``EpsilonAlpha2Beta1Flat``; see :class:`Named` for the arguments."""
 
-    _wrapped = EpsilonAlpha2Beta1Flat
+    wrapped = EpsilonAlpha2Beta1Flat
 
 
 @register("nrm_epsilon_gamma_box")
 class NRMEpsilonGammaBox(Named):
     """Normalized variant of Zennit's ``EpsilonGammaBox``; see :class:`Named` for the arguments."""
 
-    _wrapped = EpsilonGammaBox
+    wrapped = EpsilonGammaBox
 
 
 @register("nrm_excitation_backprop")
 class NRMExcitationBackprop(Named):
     """Normalized variant of Zennit's ``ExcitationBackprop``; see :class:`Named` for the arguments."""
 
-    _wrapped = ExcitationBackprop
+    wrapped = ExcitationBackprop
 
 
 @register("nrm_relative")

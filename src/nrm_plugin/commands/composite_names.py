@@ -59,4 +59,4 @@ def composite_of(name: str, bounds: tuple[Tensor, Tensor]) -> Composite:
 
 def _plain(kind: type[Composite]) -> type[Composite]:
     """Returns the composite class inside a normalized one. The commands normalize every composite themselves."""
-    return getattr(kind, "rules", kind) if issubclass(kind, Normalized) else kind
+    return getattr(kind, "wrapped", kind) if issubclass(kind, Normalized) else kind
