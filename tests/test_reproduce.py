@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -204,6 +206,24 @@ def test_running_parts_end_if_another_one_fails(folder, monkeypatch, tmp_path):
     ended.cancel()
     assert [one.part.name for one in processes] == ["packages", "long", "second"]
     assert all(one.process.returncode is not None for one in processes)
+
+
+def test_a_run_that_is_terminated_ends_its_parts_and_continues_later(folder, said, monkeypatch, tmp_path):
+    (tmp_path / "a_long_part.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(parts, "PARTS", (parts.PARTS[0], Part("long", "a_long_part", 100), parts.PARTS[1]))
+    begin, processes = reproduce.started, []
+
+    def beginning(part, *args):
+        processes.append(begin(part, *args))
+        if part.name == "long":
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return processes[-1]
+
+    monkeypatch.setattr(reproduce, "started", beginning)
+    assert reproduce.main(["--jobs", "1"]) == 130
+    assert [one.process.returncode for one in processes] == [0, -signal.SIGTERM]
+    assert list(json.loads((folder / reproduce.FINISHED).read_text())) == ["packages"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_quick_run_leaves_parts_out_and_publishes_nothing(folder, said, monkeypatch):
