@@ -20,7 +20,7 @@ class Part:
     Args:
         name: Its name in messages, unique.
         module: The module that is run.
-        seconds: Processor seconds in a full run, as measured on one core.
+        seconds: Processor seconds in a full run on one core, measured or extrapolated from few samples.
         quick: Processor seconds in a quick run, or None if the part is left out.
         arguments: Arguments of the module.
         quick_arguments: Further arguments in a quick run.
@@ -45,27 +45,27 @@ def _nets(module: str, name: str, seconds: float, quick: float | None = None) ->
     return Part(f"{kind}: {name}", module, seconds, quick, ("--nets", name))
 
 
-DOWNLOADS = Part("packages", "benchmarks.real.packages", 27, 20, quick_arguments=QUICK_PACKAGES, writes=False)
+DOWNLOADS = Part("packages", "benchmarks.real.packages", 27, 25, quick_arguments=QUICK_PACKAGES, writes=False)
 PARTS = (
     DOWNLOADS,
-    Part("figure of photographs", "benchmarks.real.figure", 14, 14, quick_arguments=()),
-    _nets(PATCHED, "residual CNN", 121, 30),
-    Part("known circuit", "benchmarks.circuits.known", 155, 45),
-    _nets(PATCHED, "transformer", 233),
-    _nets(REAL, "Fashion-MNIST, VGG", 250, 51),
-    _nets(PATCHED, "digits", 289, 27),
-    _nets(PATCHED, "EfficientNet-Lite0", 170, 32),
-    _nets(REAL, "EfficientNet-Lite0", 300, 60),
-    Part("texts: heads", "benchmarks.real.text_heads", 345, 42),
-    _nets(REAL, "Fashion-MNIST, residual", 400),
+    Part("figure of photographs", "benchmarks.real.figure", 13, 14, quick_arguments=()),
+    _nets(PATCHED, "residual CNN", 104, 30),
+    Part("known circuit", "benchmarks.circuits.known", 282, 45),
+    _nets(PATCHED, "transformer", 304),
+    _nets(REAL, "Fashion-MNIST, VGG", 126, 51),
+    _nets(PATCHED, "digits", 378, 27),
+    _nets(PATCHED, "EfficientNet-Lite0", 165, 32),
+    _nets(REAL, "EfficientNet-Lite0", 260, 41),
+    Part("texts: heads", "benchmarks.real.text_heads", 345, 7),
+    _nets(REAL, "Fashion-MNIST, residual", 215),
     Part("texts: characters", "benchmarks.real.decoders", 510, 52),
-    _nets(REAL, "EfficientNet-Lite2", 430),
-    _nets(PATCHED, "EfficientNet-Lite1", 360),
-    Part("texts: reviews", TEXT, 900, 40),
-    Part("texts: reviews, LXT", TEXT, 100, 11, ("--add", "LXT"), after="texts: reviews", host="lxt"),
-    _nets(REAL, "VGG16", 800),
-    _nets(PATCHED, "VGG16", 1000),
-    _nets(REAL, "EfficientNet-Lite1", 1400),
+    _nets(REAL, "EfficientNet-Lite2", 370),
+    _nets(PATCHED, "EfficientNet-Lite1", 356),
+    Part("texts: reviews", TEXT, 600, 75),
+    Part("texts: reviews, LXT", TEXT, 110, 11, ("--add", "LXT"), after="texts: reviews", host="lxt"),
+    _nets(REAL, "VGG16", 634),
+    _nets(PATCHED, "VGG16", 256),
+    _nets(REAL, "EfficientNet-Lite1", 1200),
 )
 """All parts, in the order in which they start. A part that is first to use a trained network trains it."""
 
