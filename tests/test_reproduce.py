@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import outputs
+from benchmarks import outputs, tables
 from benchmarks.circuits import known
 from benchmarks.path_patching import __main__ as patching
 from benchmarks.real import __main__ as real
-from benchmarks.real import decoders, packages, parts, reproduce, run, stored, text
+from benchmarks.real import decoders, methods, packages, parts, reproduce, run, stored, text
 from benchmarks.real.parts import Part
 from nrm_plugin.demo import packages as mechanism
 
@@ -128,6 +128,22 @@ def test_quick_runs_are_small():
     assert max(run.QUICK.photos, run.QUICK.pairs, *patching.FEW, text.FEW) <= 20
     assert decoders.FEW_STEPS <= 100
     assert known.BATCH < known.PAIRS
+
+
+def test_the_committed_rows_are_those_that_the_command_computes():
+    measured = json.loads((tables.RESULTS / "real.json").read_text())
+    assert list(measured) == ["nets"]
+    assert list(measured["nets"]) == list(run.SIZES)
+    for net, found in measured["nets"].items():
+        assert list(found["methods"]) == list(run.methods_of(net))
+        assert not found["failed"]
+        size = run.SIZES[net]
+        assert found["photos"] <= size.photos
+        assert found["explanations of pairs"] == 2 * size.pairs
+        for name, row in found["methods"].items():
+            few = size.few and methods.METHODS[name].gradients > run.EXPENSIVE
+            assert row["SRG, plain"]["samples"] == (run.FEW if few else found["photos"])
+            assert row["own"]["samples"] == (run.FEW_OF_PAIRS if few else 2 * size.pairs)
 
 
 def test_the_time_that_is_left_follows_the_pace_of_the_finished_parts():

@@ -59,7 +59,7 @@ PARTS = (
     Part("texts: heads", "benchmarks.real.text_heads", 345, 7),
     _nets(REAL, "Fashion-MNIST, residual", 215),
     Part("texts: characters", "benchmarks.real.decoders", 510, 52),
-    _nets(REAL, "EfficientNet-Lite2", 370),
+    _nets(REAL, "EfficientNet-Lite2", 392),
     _nets(PATCHED, "EfficientNet-Lite1", 356),
     Part("texts: reviews", TEXT, 600, 75),
     Part("texts: reviews, LXT", TEXT, 110, 11, ("--add", "LXT"), after="texts: reviews", host="lxt"),
