@@ -103,7 +103,7 @@ def summary(measured: Results) -> str:
     rows = [[f"`{name}`", *_counted(measured, [name])] for name in measured["packages"]]
     rows.append(["**all**", *_counted(measured, list(measured["packages"]))])
     head = " | ".join(f"of these, {judgement}" for judgement in JUDGEMENTS)
-    return grid(f"| package | mutants | tried | detected | survived | {head} | score |", rows)
+    return grid(f"| package | mutants | tested | detected | survived | {head} | score |", rows)
 
 
 def _counted(measured: Results, packages: list[str]) -> list[object]:

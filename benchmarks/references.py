@@ -30,8 +30,8 @@ from zennit.composites import EpsilonPlusFlat
 
 from benchmarks.markdown import with_part
 from benchmarks.speed import environment
+from nrm_plugin.dataset.example_search import find_references
 from nrm_plugin.dataset.examples import FoundReferences
-from nrm_plugin.dataset.reference_search import find_references
 from nrm_plugin.demo import load_digits, load_model
 
 ROOT = Path(__file__).parents[1]

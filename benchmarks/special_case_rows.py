@@ -377,7 +377,7 @@ ROWS = [
         arxiv="2206.03208",
     ),
     Row(
-        "the same, heat map",
+        "Concept relevance propagation, heat map",
         '(mu.marginal("input", joint=A) * f).sum(1)',
         "zennit-crp, CondAttribution",
         concept_package,
@@ -385,7 +385,7 @@ ROWS = [
         arxiv="2206.03208",
     ),
     Row(
-        "the same, channels of a lower layer",
+        "Concept relevance propagation, channels of a lower layer",
         'mu.joint("2", "0")[:, 3] * mu.output[:, None]',
         "zennit-crp, record_layer",
         concept_layer_package,
@@ -393,7 +393,7 @@ ROWS = [
         arxiv="2206.03208",
     ),
     Row(
-        "the same, heat map divided by the relevance of the concept",
+        "Concept relevance propagation, heat map divided by the relevance of the concept",
         'mu.marginal("input", given=A).sum(1)',
         "zennit-crp, CondAttribution",
         concept_given_package,
@@ -464,7 +464,7 @@ ROWS = [
         arxiv="2002.11018",
     ),
     Row(
-        "the same, norm → conv with zero padding, norm → ReLU → conv, norm → dense, dense → norm",
+        "Batch-norm fusion, norm → conv with zero padding, norm → ReLU → conv, norm → dense, dense → norm",
         'NRM(net, LayerMapComposite(kinds, canonizers=[FuseBatchNorm()]), residual="sink").attribute(x, 1)',
         "zennit, on explicit dense layers",
         merged_everywhere,

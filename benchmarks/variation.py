@@ -46,7 +46,7 @@ def measures(net: Net) -> dict[str, dict[str, Any]]:
         "reference: black or mean color": {"reference": net.fill[0].expand_as(net.images[0])},
         "reference: blurred": {"reference": blurred(net.images)},
         "reference: another class, against it": {"reference": net.images[others], "against": net.target[others]},
-        "the same with `NRMDefault` on differences": {
+        "reference: another class, against it, with `NRMDefault` on differences": {
             "reference": net.images[others], "against": net.target[others], "composite": NRMDefault(),
         },
         "`NRMDefault`": {"composite": NRMDefault()},

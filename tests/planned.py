@@ -82,9 +82,9 @@ class CheckedMeasure(PlannedMeasure):
         return answer
 
     def _reason(self, name: str) -> str:
-        if self._programs.obstacle:
-            return f"recorded: {self._programs.obstacle}"
-        return f"recorded: {name}, avoided {sorted(self._programs.avoided)}, {self._programs._recorded}"
+        if self._programs.reason_not_replayable:
+            return f"recorded: {self._programs.reason_not_replayable}"
+        return f"recorded: {name}, disabled {sorted(self._programs.disabled_shortcuts)}, {self._programs._recorded}"
 
 
 def planned(model: Any, inputs: Any, target: Any = None, **keywords: Any) -> RelevanceMeasure:

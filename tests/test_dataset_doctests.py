@@ -11,7 +11,7 @@ import torch
 import nrm_plugin
 
 MODULES = """
-    crops examples glocal mean_conditionals prototypes ranking reference_search relevance_matrix statistics
+    crops example_search examples glocal mean_conditionals prototypes ranking relevance_matrix statistics
 """.split()
 FINDER = doctest.DocTestFinder(recurse=True)
 FOUND = {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from benchmarks.circuits.circuit import Task, by_step, flat, metric
 from benchmarks.circuits.increment import Operation
 from benchmarks.circuits.slopes import MASKED, RelP, Secants, Tangents
 
+ROOT = Path(__file__).parents[1]
 SETTINGS = {"num_hidden_layers": 2, "head_dim": 4, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_theta": 100.0}}
 WIDTH, HEADS, NEURONS, LENGTH, VOCABULARY = 12, 2, 3, 5, 6
 
@@ -226,6 +229,21 @@ def test_a_shared_score_is_that_of_the_mean():
     mean, low, high = known.shared(values, torch.tensor([True, False, False]), weights_of)
     assert mean == 1.0  # of 2, 1.5 and 1
     assert (low, high) == pytest.approx((0.025, 0.975))
+
+
+def test_the_text_of_the_page_states_stored_figures():
+    results = json.loads((ROOT / "benchmarks/results/known_circuit.json").read_text())
+    text = " ".join((ROOT / "docs/known-circuit.md").read_text().split())
+    ours = "reference measure"
+    others = [name for name in results["scores"] if name != ours]
+    active = {name: row["active edges"][0] for name, row in results["scores"].items()}
+    most = max(active[name] for name in others)
+    assert f"Its AUROC is {active[ours]:.3f}, compared with at most {most:.3f} for the other scores." in text
+    distance = {name: row["CMD"][0] for name, row in results["scores"].items()}
+    least = min(distance[name] for name in others)
+    assert f"their CMD is {distance[ours]:.3f}, compared with at least {least:.3f}." in text
+    seconds = results["processor seconds"]
+    assert f"the measure takes {seconds[ours] / seconds['EAP']:.0f} times the CPU time of EAP" in text
 
 
 def test_attention_masks_later_tokens():

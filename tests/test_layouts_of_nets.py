@@ -1,6 +1,7 @@
 """A batch has the values of its samples, whichever dimension of each tensor holds them.
 
-Covers: nrm_plugin.recording.sample_independence, nrm_plugin.recording.sample_rows, nrm_plugin.functional.row_functions.
+Covers: nrm_plugin.recording.sample_independence, nrm_plugin.recording.sample_rows,
+nrm_plugin.functional.rowwise_functions.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def agree(
 
 
 def answered_by_programs(plan: Plan) -> bool:
-    return any(len(programs) and not programs.obstacle for programs in plan._forms.values())
+    return any(len(programs) and not programs.reason_not_replayable for programs in plan._forms.values())
 
 
 @pytest.mark.medium

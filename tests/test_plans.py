@@ -1,6 +1,7 @@
 """Plans give correct results or record the model again: data-dependent control flow, and changed models.
 
-Covers: nrm_plugin.plan.model_state, nrm_plugin.plan.trace, nrm_plugin.plan.programs, nrm_plugin.plan.planned_measure.
+Covers: nrm_plugin.plan.model_state, nrm_plugin.plan.trace, nrm_plugin.plan.program_cache,
+nrm_plugin.plan.planned_measure.
 """
 
 from __future__ import annotations

@@ -354,7 +354,7 @@ def test_relevance_of_a_negative_contrast_supports_the_class():
     asked = question("rest")
     contrast = (asked.net.model(asked.inputs) * asked.weights).sum(1)
     assert bool((contrast < 0).any())
-    heat = methods.heat_map(methods.METHODS["reference grey, against the rest"], asked)
+    heat = methods.heat_map(methods.METHODS["reference gray, against the rest"], asked)
     reference = (asked.net.model(asked.gray) * asked.weights).sum(1)
     torch.testing.assert_close(heat.sum((1, 2)).sign(), (contrast - reference).sign())
 
@@ -396,7 +396,7 @@ def test_expensive_methods_explain_all_images_of_networks_for_small_images(monke
     assert len(asked.maps(name, "single", asked.single)[0]) == 5
 
 
-def test_rows_in_which_the_first_method_is_first_or_level_are_counted():
+def test_comparisons_in_which_the_first_method_is_first_or_level_are_counted():
     def net(*behind, **foreign):
         others = {f"{n}": {"own": {"behind": one}, "inside": {"behind": [2, 1, 3]}} for n, one in enumerate(behind)}
         others |= {name: {"own": {"behind": one}, "inside": {"behind": [2, 1, 3]}} for name, one in foreign.items()}
@@ -408,8 +408,8 @@ def test_rows_in_which_the_first_method_is_first_or_level_are_counted():
         "EfficientNet-Lite2": net([3, 2, 4], DeepLift=[-2, -3, -1]),
     }
     shown = pages._counts(nets)
-    assert "First or level in 3 of 4 rows of the held-out networks**, and in 4 of 6 rows of all networks" in shown
-    assert "methods of other packages alone, first or level in 3 and 5 rows." in shown
+    assert "First or level in 3 of 4 comparisons on the held-out networks**, and in 4 of 6 on all networks" in shown
+    assert "methods of other packages, it is first or level in 3 and 5 comparisons." in shown
     assert "| VGG16 | one | 2 | 1 | 0 | 1 | 0 |" in shown
     assert "| EfficientNet-Lite1 | none, held out | 2 | 1 | 1 | 0 | 0 |" in shown
     assert "| EfficientNet-Lite2 | none, held out | 2 | 1 | 0 | 1 | 1 |" in shown

@@ -1,6 +1,6 @@
 """Checkpointed, compiled, scripted, wrapped and transformed models: right numbers, or an error with a remedy.
 
-Covers: nrm_plugin.model.saved_tensors.
+Covers: nrm_plugin.model.saved_tensor_hooks.
 """
 
 from __future__ import annotations

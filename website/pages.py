@@ -69,7 +69,7 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
             "dataset": """sweep Sweep Query Marginal Joint Conditional EventMass Sink Bypass Variation Maps Activation
             Peak SweepBatches Manifest QueryInfo SweepError""",
             "dataset.examples": "references References",
-            "dataset.reference_search": "find_references",
+            "dataset.example_search": "find_references",
             "dataset.crops": "crops Crop",
             "dataset.reference_plots": "reference_figure",
             "dataset.statistics": "ClasswiseRelevance JointRelevance",

@@ -28,7 +28,7 @@ def circuits(results: Results) -> dict[str, str]:
         if any(net["scores"][score][key][0] for net in nets)
     ]
     kinds = (f"{name}, {net['edges']:,} edges" for name, net in results["nets"].items())
-    tables["differences"] = grid(f"| Δ CMD to the reference measure | {' | '.join(kinds)} |", rows)
+    tables["differences"] = grid(f"| Δ CMD relative to the reference measure | {' | '.join(kinds)} |", rows)
     if "cost" in results:
         costs = ([job, *(f"{net[job]:.1f}" for net in results["cost"].values())] for job in results["cost"]["vgg16"])
         tables["cost"] = grid(f"| method | {' | '.join(results['cost'])} |", costs)
@@ -53,7 +53,7 @@ def known_circuit(results: Results) -> dict[str, str]:
     ]
     counts = [[key, f"{results[key]:,}"] for key in COUNTS]
     return {
-        "scores": grid(f"| score | {' | '.join(COMPARED.values())} | passes |", rows),
+        "scores": grid(f"| score | {' | '.join(COMPARED.values())} | forward + backward passes |", rows),
         "program": grid("| value | where | reads | measured | by the program |", program),
         "counts": grid("| network and pairs | number |", counts),
     }
@@ -61,10 +61,10 @@ def known_circuit(results: Results) -> dict[str, str]:
 
 COMPARED = {
     "edges": "known edges ↑",
-    "edges that share a column": "sharing a column ↑",
+    "edges that share a column": "known edges, among those sharing a column ↑",
     "nodes": "known nodes ↑",
     "active edges": "active edges ↑",
-    "active edges that share a column": "sharing a column ↑",
+    "active edges that share a column": "active edges, among those sharing a column ↑",
     "CMD": "CMD ↓",
 }
 COUNTS = (

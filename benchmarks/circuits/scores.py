@@ -184,7 +184,7 @@ class Score:
         return self.passes(task).edges(task)
 
 
-REFERENCE, PLANNED, PLAIN = "reference measure", "the same, planned", "the same, plain code"
+REFERENCE, PLANNED, PLAIN = "reference measure", "reference measure, planned", "reference measure, plain code"
 SCORES = {
     REFERENCE: Score(reference_measure, 2, 1),
     PLANNED: Score(PlannedMeasure(), 2, 1),

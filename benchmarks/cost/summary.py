@@ -9,7 +9,7 @@ from benchmarks.cost.page import Row, figures, memory, usable
 from benchmarks.cost.ways import COMPOSITES
 from benchmarks.tables import grid
 
-HEAD = "| network | gradient | plan | first call | recorded | Zennit | a plan pays off from | peak memory of a plan |"
+HEAD = "| network | gradient | plan | first call | recorded | Zennit | break-even, inputs | peak memory of a plan |"
 
 
 def summary(results: dict[str, Any]) -> str:

@@ -277,7 +277,7 @@ def where(results: Results) -> str:
     return (
         f"{settings['samples']} samples for each network, seed {settings['seed']}, {settings['resamples']} bootstrap "
         f"resamples; {named}; {place['processes']} processes of one thread each, on {place['processor']}. The whole "
-        f"command took {minutes['seconds']} minutes ({minutes['seconds of processors']} minutes of processor time) "
+        f"command took {minutes['seconds']} minutes ({minutes['seconds of processors']} minutes of CPU time) "
         "on a shared machine.\n"
     )
 

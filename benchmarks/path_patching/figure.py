@@ -40,7 +40,7 @@ def draw(results: dict[str, Any], images: Path) -> None:
                 size = 9 if marker == "|" else 4
                 axis.plot(mean, place, marker, color=colour, ms=size, mew=2 if marker == "|" else 0, label=label)
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("correlation with exact path patching", fontsize=9)
+        axis.set_xlabel("correlation with exact path patching, with 95% interval", fontsize=9)
         axis.grid(axis="x", color="0.9")
         axis.set_axisbelow(True)
         axis.set_xlim(right=1.01)
@@ -51,5 +51,6 @@ def draw(results: dict[str, Any], images: Path) -> None:
                            va="center", fontsize=9, weight="bold")  # fmt: skip
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles[: len(DRAWN)], labels[: len(DRAWN)], loc="outside lower center", ncols=len(DRAWN), fontsize=9)
+    figure.get_layout_engine().set(w_pad=0.1)  # the longest name of a row would touch the edge
     figure.savefig(images / FIGURE, dpi=80)
     pyplot.close(figure)

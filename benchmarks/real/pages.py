@@ -10,7 +10,8 @@ Results = dict[str, Any]
 
 REAL = {
     "SRG, plain": "SRG, plain ↑", "SRG, blur": "SRG, blur ↑", "insertion": "insertion ↑", "deletion": "deletion ↓",
-    "inside": "inside ↑", "pointing": "pointing ↑", "own": "own ↑", "wins": "wins ↑", "other class": "other class ↓",
+    "inside": "inside mask ↑", "pointing": "pointing ↑", "own": "own share ↑", "wins": "wins ↑",
+    "other class": "other class ↓",
 }  # fmt: skip
 """Metrics of explanations of trained networks, with the direction that is better."""
 SHOWN = ("SRG, plain", "deletion", "inside", "pointing", "own", "wins")
@@ -47,7 +48,8 @@ def real_summary(results: Results) -> dict[str, str]:
             best = max(set(means) - {first}, key=means.__getitem__)
             cells += [f"{means[first]:.2f}", f"{means['GradCAM']:.2f}", f"{means[best]:.2f}, {SHORT.get(best, best)}"]
         lines.append([net, *cells, " / ".join(str(places.count(place)) for place in (1, 0, -1))])
-    columns = " | ".join(f"{metric}: {name}" for metric in ("SRG", "own") for name in ("ours", "GradCAM", "best other"))
+    names = ("ours", "GradCAM", "best other")
+    columns = " | ".join(f"{metric}: {name}" for metric in ("SRG", "own share") for name in names)
     return {"summary": grid(f"| network | images | held out | {columns} | better / level / worse |", lines)}
 
 
@@ -100,11 +102,14 @@ def _counts(nets: Results) -> str:
     rows += [[f"*{group}*", "", sum(counts[:3]), *counts] for group, counts in sums.items()]
     count, whole = (sum(sums[group][:3]) for group in ("held out", "all"))
     sentence = (
-        f"**First or level in {count - sums['held out'][2]} of {count} rows of the held-out networks**, and in "
-        f"{whole - sums['all'][2]} of {whole} rows of all networks. Compared with the methods of other packages alone, "
-        f"first or level in {count - sums['held out'][3]} and {whole - sums['all'][3]} rows."
+        f"**First or level in {count - sums['held out'][2]} of {count} comparisons on the held-out networks**, and in "
+        f"{whole - sums['all'][2]} of {whole} on all networks. Compared only with the methods of other packages, it is "
+        f"first or level in {count - sums['held out'][3]} and {whole - sums['all'][3]} comparisons."
     )
-    head = "| network | settings chosen on it | rows | first | level | behind | behind a method of another package |"
+    head = (
+        "| network | settings chosen on it | comparisons | first | level | behind "
+        "| behind a method of another package |"
+    )
     return f"{sentence}\n\n{grid(head, rows)}"
 
 

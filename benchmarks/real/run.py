@@ -80,8 +80,8 @@ METHODS_OF = {
 }  # fmt: skip
 """Methods of the comparison on networks for photographs. One of them, which is held out, has the expensive ones."""
 FASHION = (
-    FIRST, "DeepLift", SIGNED, "GradCAM", "reference grey", "IntegratedGradients, 20 steps", DRAWN[0],
-    "reference grey, against the rest", "reference grey, last two resolutions, against the rest", DRAWN[1],
+    FIRST, "DeepLift", SIGNED, "GradCAM", "reference gray", "IntegratedGradients, 20 steps", DRAWN[0],
+    "reference gray, against the rest", "reference gray, last two resolutions, against the rest", DRAWN[1],
     "reference blur, against the rest", "expected gradients",
 )  # fmt: skip
 """Methods of the comparison on networks for Fashion-MNIST, whose images have a plain background."""

@@ -318,11 +318,8 @@ class Named(Normalized):
     """Base class of the normalized variants of Zennit's composites.
 
     Args:
-        rules: Keyword arguments of Zennit's composite. All other arguments are documented in
+        **rules: Keyword arguments of the wrapped Zennit composite. The remaining arguments are those of
             :class:`~nrm_plugin.Normalized`.
-
-    Attributes:
-        rules: Class of Zennit's composite.
 
     Examples:
         >>> from zennit.composites import COMPOSITES
@@ -330,7 +327,7 @@ class Named(Normalized):
         'sink'
     """
 
-    rules: ClassVar[type[Composite]]
+    _wrapped: ClassVar[type[Composite]]
 
     def __init__(
         self,
@@ -340,49 +337,49 @@ class Named(Normalized):
         sums: Sums = "absolute",
         **rules: Any,
     ) -> None:
-        super().__init__(self.rules(**rules), residual, gain_limit, uncovered, sums)
+        super().__init__(self._wrapped(**rules), residual, gain_limit, uncovered, sums)
 
 
 @register("nrm_epsilon_plus")
 class NRMEpsilonPlus(Named):
     """Normalized variant of Zennit's ``EpsilonPlus``; see :class:`Named` for the arguments."""
 
-    rules = EpsilonPlus
+    _wrapped = EpsilonPlus
 
 
 @register("nrm_epsilon_plus_flat")
 class NRMEpsilonPlusFlat(Named):
     """Normalized variant of Zennit's ``EpsilonPlusFlat``; see :class:`Named` for the arguments."""
 
-    rules = EpsilonPlusFlat
+    _wrapped = EpsilonPlusFlat
 
 
 @register("nrm_epsilon_alpha2_beta1")
 class NRMEpsilonAlpha2Beta1(Named):
     """Normalized variant of Zennit's ``EpsilonAlpha2Beta1``; see :class:`Named` for the arguments."""
 
-    rules = EpsilonAlpha2Beta1
+    _wrapped = EpsilonAlpha2Beta1
 
 
 @register("nrm_epsilon_alpha2_beta1_flat")
 class NRMEpsilonAlpha2Beta1Flat(Named):
     """Normalized variant of Zennit's ``EpsilonAlpha2Beta1Flat``; see :class:`Named` for the arguments."""
 
-    rules = EpsilonAlpha2Beta1Flat
+    _wrapped = EpsilonAlpha2Beta1Flat
 
 
 @register("nrm_epsilon_gamma_box")
 class NRMEpsilonGammaBox(Named):
     """Normalized variant of Zennit's ``EpsilonGammaBox``; see :class:`Named` for the arguments."""
 
-    rules = EpsilonGammaBox
+    _wrapped = EpsilonGammaBox
 
 
 @register("nrm_excitation_backprop")
 class NRMExcitationBackprop(Named):
     """Normalized variant of Zennit's ``ExcitationBackprop``; see :class:`Named` for the arguments."""
 
-    rules = ExcitationBackprop
+    _wrapped = ExcitationBackprop
 
 
 @register("nrm_relative")

@@ -25,7 +25,8 @@ REMOVED = "0.3"
 """Version in which deprecated paths will be removed."""
 MOVED = {
     "coverage": "recording.coverage",
-    "dataset.maximization": "dataset.reference_search",
+    "dataset.maximization": "dataset.example_search",
+    "dataset.reference_search": "dataset.example_search",
     "flow_maps": "measure.flow_heat_maps",
     "flow_plots": "plots.flow",
     "profiles": "measure.layer_profile",
@@ -40,8 +41,11 @@ STORED = {
     "functional.canonizer": "functional.interception",
     "kernels.batch_norm_fusion": "fusion",
     "kernels.normalization": "steps",
-} | {present: former for former, present in MOVED.items()}
-"""Path by which the settings of stored sweeps identify each moved module, relative to the package."""
+} | {present: former for former, present in reversed(MOVED.items())}
+"""Path by which the settings of stored sweeps identify each moved module, relative to the package.
+
+If a module has moved twice, this is the path that is listed first.
+"""
 REGISTRY = "zennit.composites"
 
 

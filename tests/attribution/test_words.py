@@ -16,7 +16,7 @@ def test_pieces_of_a_word_are_merged_with_the_letters_of_the_text():
     encoding = fast([None, 0, 1, 1, 2, 3, None], [(0, 0), (0, 5), (6, 9), (9, 12), (12, 13), (14, 16), (0, 0)])
     tokens = ["[CLS]", "never", "bor", "##ing", ",", "no", "[SEP]"]
     words = merged(text, [2, 7, 8, 9, 10, 11, 3], tokens, {2, 3}, encoding)
-    assert [(word.text, word.tokens, word.is_spaced, word.is_special) for word in words] == [
+    assert [(word.text, word.tokens, word.has_space_before, word.is_special) for word in words] == [
         ("[CLS]", (0,), False, True),
         ("Never", (1,), True, False),
         ("BORING", (2, 3), True, False),
@@ -28,7 +28,10 @@ def test_pieces_of_a_word_are_merged_with_the_letters_of_the_text():
 
 def test_a_token_of_a_space_alone_belongs_to_the_word_after_it():
     words = merged("a  film", [0, 1, 2], ["▁a", "▁", "film"], set(), fast([0, 1, 1], [(0, 1), (1, 3), (3, 7)]))
-    assert [(word.text, word.tokens, word.is_spaced) for word in words] == [("a", (0,), True), ("film", (1, 2), True)]
+    assert [(word.text, word.tokens, word.has_space_before) for word in words] == [
+        ("a", (0,), True),
+        ("film", (1, 2), True),
+    ]
 
 
 def test_a_letter_that_is_split_into_bytes_is_shown_once():

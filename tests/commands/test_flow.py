@@ -6,6 +6,7 @@ Covers: nrm_plugin.commands.image_flow, nrm_plugin.commands.flow_groups, nrm_plu
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -176,13 +177,45 @@ def test_captions_say_what_the_model_predicts_and_what_the_whole_is(here):
     assert run("noise.png", *OWN, *layers) == 0
     said = json.loads(Path("nrm-flow/noise-flow.json").read_text())["caption"]
     assert said.startswith("The model predicts this class, with a softmax of 30%; the next is “bird” with 27%. ")
-    assert "100% is its score minus the softmax-weighted mean of the other scores, 0.225." in said
+    assert "100% is a difference of 0.225 between its score and the softmax-weighted mean of the other scores." in said
     assert run("noise.png", *OWN, *layers, "--against", "dog") == 0
     said = json.loads(Path("nrm-flow/noise-2-flow.json").read_text())["caption"]
-    assert "100% is its score minus that of “dog”, 0.1" in said
+    assert re.search(r" 100% is a difference of 0\.\d+ between its score and that of “dog”\. ", said)
     assert run("noise.png", *OWN, *layers, "--target", "dog", "--against", "none") == 0
     said = json.loads(Path("nrm-flow/noise-3-flow.json").read_text())["caption"]
-    assert said.startswith("The model does not predict this class: its softmax of 25% has rank 3. Of ")
+    start = "The model does not predict this class: its softmax of 25% has rank 3; the first is “cat” with 30%. "
+    assert re.match(f"{start}100% is its score of 0\\.\\d+\\. Of “dog”", said)
+
+
+@pytest.mark.medium
+def test_flows_against_a_class_are_titled_by_the_evidence_against_it(here, capsys):
+    layers = ("--layers", "input", "a", "output", "--classes", "names.txt", "--groups", "3")
+    assert run("noise.png", *OWN, *layers, "--target", "fish") == 0
+    assert "  Evidence against “fish” prevails: −" in capsys.readouterr().out
+    stored = json.loads(Path("nrm-flow/noise-flow.json").read_text())
+    assert sum(node["mass"] for node in stored["layers"][0]["nodes"]) == pytest.approx(-1, abs=1e-4)
+    said = float(stored["caption"].split("−100% is a difference of −")[1].split(" ")[0])
+    loaded = load("flow_nets:Branches", size=16)
+    outputs = loaded.model(loaded.preprocessing(load_image(Path("noise.png")).image))[0].detach().double()
+    shares = outputs[:3].softmax(0)
+    assert said == pytest.approx(float((shares * outputs[:3]).sum() - outputs[3]), rel=1e-2)
+
+
+@pytest.mark.medium
+def test_a_negative_score_is_said_to_be_lowered_by_positive_relevance(here):
+    Path("flow_nets.py").write_text(NETS.replace("mean((2, 3)))", "mean((2, 3))) - 5"))
+    assert run("noise.png", *OWN, "--layers", "input", "a", "--classes", "names.txt", "--against", "none") == 0
+    stored = json.loads(Path("nrm-flow/noise-flow.json").read_text())
+    assert re.search(r" 100% is its score of −4\.\d+, which red lowers and blue raises\. ", stored["caption"])
+    assert "of the negative score of “cat”" in stored["finding"]
+    assert "red is what lowers the score" in Path("nrm-flow/noise-flow.html").read_text()
+
+
+@pytest.mark.medium
+def test_walks_to_a_single_output_without_contrast_are_listed(here):
+    layers = ("--layers", "input", "a", "output", "--groups", "2", "--against", "none")
+    assert run("noise.png", *OWN, *layers) == 0
+    assert "data-walk" in Path("nrm-flow/noise-flow.html").read_text().split("<svg id")[0]
 
 
 @pytest.mark.medium
@@ -208,6 +241,8 @@ def test_what_the_model_did_not_see_is_said_and_fit_shows_it(here, capsys):
     assert said in json.loads(Path("nrm-flow/wide-flow.json").read_text())["caption"]
     for fit in ("pad", "squeeze"):
         assert run("wide.png", *OWN, "--layers", "a", "input", "--fit", fit, "--out", fit) == 0
+        note = "The margins, 67% of the area, only make the image square." if fit == "pad" else "only make"
+        assert (note in json.loads(Path(fit, "wide-flow.json").read_text())["caption"]) == (fit == "pad")
         assert "saw only" not in capsys.readouterr().out
         stored = json.loads(Path(fit, "wide-flow.json").read_text())
         assert stored["settings"]["preparation"]["fit"] == fit

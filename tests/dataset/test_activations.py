@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nrm_plugin.dataset.reference_search import find_references
+from nrm_plugin.dataset.example_search import find_references
 from nrm_plugin.errors import InputError
 
 

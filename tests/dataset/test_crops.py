@@ -7,8 +7,8 @@ import torch
 
 from nrm_plugin import RelevanceMeasure, at
 from nrm_plugin.dataset.crops import crops, relevance_mask
+from nrm_plugin.dataset.example_search import find_references
 from nrm_plugin.dataset.examples import EVENTS, References, ReferencesError
-from nrm_plugin.dataset.reference_search import find_references
 from nrm_plugin.errors import InputError
 from tests.conftest import untouched
 from tests.dataset.sweep_nets import Data, net

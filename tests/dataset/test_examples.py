@@ -9,8 +9,8 @@ from torch.utils.data import TensorDataset
 
 from nrm_plugin import at
 from nrm_plugin.dataset import Activation, EventMass, Joint, Marginal, Peak, Sweep, sweep
+from nrm_plugin.dataset.example_search import find_references
 from nrm_plugin.dataset.examples import EVENTS, FoundReferences, ReferencesError, references
-from nrm_plugin.dataset.reference_search import find_references
 from nrm_plugin.errors import NRMError
 
 

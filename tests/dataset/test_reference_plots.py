@@ -7,8 +7,8 @@ import math
 import pytest
 
 from nrm_plugin.dataset.crops import crops
+from nrm_plugin.dataset.example_search import find_references
 from nrm_plugin.dataset.reference_plots import reference_figure
-from nrm_plugin.dataset.reference_search import find_references
 from nrm_plugin.errors import InputError
 
 

@@ -1,6 +1,6 @@
 """Kernels of differences of all operations: sums, slopes from their definitions, limits, and what has no kernel.
 
-Covers: nrm_plugin.functional.secant_maps, nrm_plugin.functional.secant_products,
+Covers: nrm_plugin.functional.secant_kernels, nrm_plugin.functional.secant_products,
 nrm_plugin.functional.secant_maxima, nrm_plugin.functional.difference_steps, nrm_plugin.functional.differences,
 nrm_plugin.functional.rules_on_differences, nrm_plugin.kernels.reference_pass.
 """
@@ -19,7 +19,7 @@ from nrm_plugin import ABSORBED, RelevanceMeasure, at
 from nrm_plugin.errors import UnsupportedOperationError
 from nrm_plugin.functional.elementwise import ACTIVATIONS, ELEMENTWISE
 from nrm_plugin.functional.registry import KERNELS
-from nrm_plugin.functional.secant_maps import logarithmic_mean
+from nrm_plugin.functional.secant_kernels import logarithmic_mean
 from nrm_plugin.functional.secants import change
 from tests.differences import Head, draw
 

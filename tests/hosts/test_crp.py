@@ -18,7 +18,7 @@ from benchmarks.default_composite import Net
 from benchmarks.faithfulness import latent, planted
 from benchmarks.special_case_rows import ROWS
 from nrm_plugin import ConceptNRM, Normalized, RelevanceMeasure, at
-from nrm_plugin.dataset.reference_search import find_references
+from nrm_plugin.dataset.example_search import find_references
 from tests.conftest import untouched
 from tests.nets import tiny_net, zennit_composite
 from tests.oracles import enumerate_walks

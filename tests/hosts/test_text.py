@@ -67,7 +67,9 @@ def test_words_are_those_of_the_text(name, folders):
     model, tokenizer = build(name)
     explanation = explain_text(model, tokenizer, TEXT)
     words = [word for word in explanation.text.words if not word.is_special]
-    assert "".join(" " * (word.is_spaced and number > 0) + word.text for number, word in enumerate(words)) == TEXT
+    assert (
+        "".join(" " * (word.has_space_before and number > 0) + word.text for number, word in enumerate(words)) == TEXT
+    )
     assert "unbelievably" in " ".join(word.text for word in words)
 
 
@@ -202,6 +204,70 @@ def test_sites_are_the_tensors_of_the_modules_that_people_know(name):
     for site, layer in MODULES[name].items():
         known = mu.marginal(layer)
         torch.testing.assert_close(mu.marginal(site).reshape(known.shape), known, atol=1e-6, rtol=0)
+
+
+def small(kind: str, config: str, **options: object) -> torch.nn.Module:
+    """A model with random weights and biases; skips if this version of transformers does not have it."""
+    if not hasattr(hf, kind):
+        pytest.skip(f"this version has no {kind}")
+    torch.manual_seed(0)
+    model: torch.nn.Module = getattr(hf, kind)(getattr(hf, config)(num_labels=3, **options)).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, 0.0 if "bias" in name else 1.0, 0.1)
+        elif parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model.requires_grad_(False)
+
+
+MOBILE = {"embedding_size": 16, "true_hidden_size": 16, "intra_bottleneck_size": 16, "num_feedforward_networks": 2}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_mobilebert_has_the_sites_of_its_bottlenecks(attention, is_shared, worst):
+    reads = {"key_query_shared_bottleneck": is_shared, "use_bottleneck_attention": not is_shared}
+    options = {"vocab_size": 50, **SIZES, **MOBILE, **reads, "attn_implementation": attention}
+    model = small("MobileBertForSequenceClassification", "MobileBertConfig", **options)
+    inputs = {"input_ids": torch.randint(3, 50, (1, 7))}
+    mu = RelevanceMeasure(model, inputs, 0, output="logits")
+    middle = "resid_mid0 mlp0.neuron mlp0_out resid_mid1 mlp1.neuron mlp1_out resid_mid2 resid_post".split()
+    assert mu.sites == [f"blocks.{number}.{site}" for number in range(2) for site in [*STANDARD[:6], *middle]]
+    for site in mu.sites:
+        error = float((mu(at(site)) + mu.sink(site) + mu.bypass(site) - 1).abs() / mu.variation(site).clamp(min=1))
+        worst("conservation at sites", error)
+        assert error <= 1e-5, site
+    for block in range(2):
+        layer = f"mobilebert.encoder.layer.{block}"
+        same = {
+            "attn_out": f"{layer}.attention.output.dense",
+            "mlp0.neuron": f"{layer}.ffn.0.intermediate",
+            "mlp0_out": f"{layer}.ffn.0.output.dense",
+            "mlp1_out": f"{layer}.output.dense",
+        }
+        for site, known in same.items():
+            torch.testing.assert_close(mu.marginal(f"blocks.{block}.{site}"), mu.marginal(known), atol=1e-6, rtol=0)
+        read = mu.marginal(at(f"{layer}.attention.output.dense", side="input"))
+        for head, columns in enumerate(read.split(4, -1)):
+            event = mu(at(f"blocks.{block}.attn.head.{head}"))[0]
+            torch.testing.assert_close(event, columns.sum(), atol=1e-6, rtol=0)
+            assert abs(float(event)) > 1e-4
+
+
+def test_models_that_scale_or_project_the_stream_have_the_sites_of_their_blocks():
+    text = {"vocab_size": 50, **SIZES, "num_key_value_heads": 2}
+    doge = small("DogeForSequenceClassification", "DogeConfig", **text, pad_token_id=0)
+    mu = RelevanceMeasure(doge, {"input_ids": torch.randint(3, 50, (1, 7))}, 0, output="logits")
+    assert mu.sites == [f"blocks.{number}.{site}" for number in range(2) for site in STANDARD]
+    stages = {"embed_dim": 8, "depths": [1, 1, 2], "num_heads": [1, 2, 4], "num_query_pool": 2}
+    hiera = small("HieraForImageClassification", "HieraConfig", image_size=[64, 64], **stages)
+    mu = RelevanceMeasure(hiera, torch.randn(1, 3, 64, 64), 0, output="logits")
+    assert mu.sites == [f"blocks.{number}.{site}" for number in range(4) for site in STANDARD]
+    out = mu.marginal("hiera.encoder.stages.1.layers.0.attn.proj")
+    torch.testing.assert_close(mu.marginal("blocks.1.attn_out").reshape(out.shape), out, atol=1e-6, rtol=0)
+    columns = mu.marginal(at("hiera.encoder.stages.1.layers.0.attn.proj", side="input")).sum((0, 1)).split(8)
+    for head, known in enumerate(columns):
+        torch.testing.assert_close(mu(at(f"blocks.1.attn.head.{head}"))[0], known.sum(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["BERT", "Llama"])

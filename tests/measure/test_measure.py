@@ -1,7 +1,7 @@
 """The measure compared with enumerated walks: every query of docs/measure.md.
 
-Covers: nrm_plugin.measure.event_diagram, nrm_plugin.measure.event_masses, nrm_plugin.measure.marginals,
-nrm_plugin.measure.query_passes, nrm_plugin.measure.measure_properties,
+Covers: nrm_plugin.measure.decision_diagram, nrm_plugin.measure.event_masses, nrm_plugin.measure.marginals,
+nrm_plugin.measure.query_passes, nrm_plugin.measure.recording_properties,
 nrm_plugin.recording.forward_observer, nrm_plugin.recording.recording.
 """
 

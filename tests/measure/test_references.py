@@ -1,7 +1,7 @@
 """The measure of the difference to a reference: identities, an enumeration of walks, DeepLIFT, and bad arguments.
 
 Covers: nrm_plugin.measure.references, nrm_plugin.measure.difference_start, nrm_plugin.measure.start,
-nrm_plugin.measure.measure_properties, nrm_plugin.model.references, nrm_plugin.measure.secant_composite.
+nrm_plugin.measure.recording_properties, nrm_plugin.model.references, nrm_plugin.measure.secant_composite.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nrm_plugin.model.trace_guards import ACTIVE, audit, avoiding, holds, is_traced, repeated, untraced
+from nrm_plugin.model.trace_guards import ACTIVE, audit, holds, is_traced, repeated, untraced, without_shortcuts
 from nrm_plugin.plan.tracer import Tracer
 
 
@@ -29,9 +29,9 @@ def test_a_shortcut_is_compared_only_if_it_was_taken(traced):
     assert reads(tracer) == ["positive in the graph"]
 
 
-def test_a_shortcut_is_named_by_the_step_and_may_be_avoided(traced):
+def test_a_shortcut_is_named_by_the_step_and_may_be_disabled(traced):
     tracer, x = traced
-    with avoiding(frozenset(["positive in layer:0"])), tracer:
+    with without_shortcuts(frozenset(["positive in layer:0"])), tracer:
         with repeated("layer:0"):
             assert not holds("positive", lambda: x.min() > 0)
         with repeated("layer:1"):
@@ -64,14 +64,19 @@ def test_operations_of_a_check_are_not_traced(traced):
 
 def test_the_state_is_restored_after_an_error(traced):
     tracer, _ = traced
-    for block in (audit(), repeated("a"), untraced(), avoiding(frozenset("b")), tracer):
+    for block in (audit(), repeated("a"), untraced(), without_shortcuts(frozenset("b")), tracer):
         before = dict(ACTIVE.__dict__)
         with pytest.raises(KeyError), block:
             raise KeyError
-        assert ACTIVE.__dict__ == before or not set(ACTIVE.__dict__) - {"tracer", "audits", "place", "avoided"}
+        assert ACTIVE.__dict__ == before or not set(ACTIVE.__dict__) - {
+            "tracer",
+            "audits",
+            "place",
+            "disabled_shortcuts",
+        }
         assert ACTIVE.tracer is None
         assert ACTIVE.audits == 0
-        assert ACTIVE.avoided == frozenset()
+        assert ACTIVE.disabled_shortcuts == frozenset()
 
 
 def test_without_a_trace_a_condition_is_read_once():

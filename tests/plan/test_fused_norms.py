@@ -37,4 +37,4 @@ def test_outputs_of_a_deep_plan_are_as_exact_as_those_of_the_model(composite):
         expected = exact(drawn(seed).double()).detach()
         error = float((measure.outputs - expected).norm() / expected.norm())
         assert error <= 1e-5, "30 batch norms left out change the outputs by 1.5e-4"
-    assert all(len(programs) and not programs.obstacle for programs in plan._forms.values())
+    assert all(len(programs) and not programs.reason_not_replayable for programs in plan._forms.values())

@@ -206,9 +206,9 @@ def test_a_value_that_was_read_is_compared():
 
 
 @pytest.mark.parametrize("operation", [torch.rand_like, torch.bernoulli])
-def test_random_numbers_are_an_obstacle(operation):
+def test_random_numbers_cannot_be_replayed(operation):
     program = program_of(lambda x: (x.abs().clamp(max=1),), lambda s, r: (operation(s[0]) * r,), (2, 2))
-    assert "random" in program.obstacle
+    assert "random" in program.reason_not_replayable
 
 
 def test_sums_and_broadcasts_inside_a_sample_need_no_view():

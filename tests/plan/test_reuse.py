@@ -30,10 +30,10 @@ from nrm_plugin import (
     RelevanceMeasure,
     at,
 )
-from nrm_plugin.dataset.reference_search import find_references
+from nrm_plugin.dataset.example_search import find_references
 from nrm_plugin.plan import reuse
 from nrm_plugin.plan.planned_measure import PlannedMeasure
-from nrm_plugin.plan.programs import QueryProgram
+from nrm_plugin.plan.program_cache import QueryProgram
 from nrm_plugin.plan.reuse import Measures, measures_of
 from tests.conftest import slow_but
 

@@ -78,7 +78,7 @@ def views_of_views(x: Tensor) -> Tensor:
 )
 def test_programs_repeat_the_computation(compute):
     program, _ = program_of(compute)
-    assert not program.obstacle
+    assert not program.reason_not_replayable
     for x in INPUTS:
         expected = compute(x)
         (found,), _ = program.forward([x])
@@ -105,8 +105,8 @@ def test_a_value_read_through_another_view_is_compared():
         program.forward([INPUTS[0].abs() * -sign])
 
 
-def test_overwritten_constants_from_before_are_an_obstacle():
+def test_overwritten_constants_from_before_cannot_be_replayed():
     memory = WEIGHT.clone()
     program, _ = program_of(lambda x: x * memory.add_(1))
-    assert "overwrites" in program.obstacle
+    assert "overwrites" in program.reason_not_replayable
     torch.testing.assert_close(memory, WEIGHT + 1)  # the trace itself, and nothing else, has written

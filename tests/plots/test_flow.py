@@ -166,14 +166,14 @@ def test_channels_have_numbers_alone_where_an_abbreviation_does_not_fit_all_of_a
     for width in (2.5, 9):
         scene = flow_scene(graph, width=width, thumbnails=thumbnails)
         names[width] = {node.labels[0].text for node in scene.nodes if node.node.kind == "group"}
-        is_explained = any("Numbers below" in label.text for label in scene.labels)
+        is_explained = any("Numbers below" in label.text for label in scene.legend)
         assert is_explained == (width == 2.5)
     assert {"2", "1366", "8"} <= names[2.5]
     assert not any("ch." in name for name in names[2.5])
     assert {"channel 2", "channel 1366"} <= names[9]
     layers = tuple(replace(one, labels=("A1 and a long name", "A2", "A3")) for one in layers)
     scene = flow_scene(FlowGraph((*layers, LOWEST), graph.joints), width=2.5, thumbnails=thumbnails)
-    assert not any("Numbers below" in label.text for label in scene.labels)
+    assert not any("Numbers below" in label.text for label in scene.legend)
 
 
 def test_long_names_of_a_single_output_are_written_in_three_lines():

@@ -32,8 +32,8 @@ JOINTS = (
 def test_the_caption_says_the_largest_numbers():
     said = flow_caption(FlowGraph((TOP, MIDDLE, LOWEST), JOINTS))
     assert said == (
-        "Of “zebra”, 50% comes from legs; the other 2 shown together have 25%. Against it: group 2 of conv with −10%. "
-        "The other 7 of conv have 30%. 10% is lost to biases and constants above the input."
+        "Of “zebra”, 50% comes from legs; the other 2 shown together have 25%. Against “zebra”: group 2 of conv with "
+        "−10%. The other 7 of conv have 30%. 10% is lost to biases and constants above the input."
     )
 
 
@@ -54,7 +54,7 @@ def test_walks_over_groups_are_named_with_the_parts_that_hold_most():
     assert said.startswith(
         "Of “zebra”, 50% comes from legs; the other 2 shown together have 25%. The strongest of 6 walks (paths through "
         "one node of each layer) from a part to the output are legs → group 1 → zebra (40%) and head → group 1 → zebra "
-        "(25%); an even split would give each 17%. Against it:"
+        "(25%); an even split would give each 17%. Against “zebra”:"
     )
     one = flow_caption(graph, walks=walks[:1], areas={"input/0": 0.1}, places={"input/0": "bottom"})
     assert "50% comes from legs (bottom, 10% of the area);" in one.replace("\u00a0", " ")
@@ -150,11 +150,38 @@ def test_every_number_of_a_caption_is_one_of_the_graph():
     assert re.findall(r"[−\d]+%", said) == ["50%", "25%", "−10%", "30%", "10%"]
 
 
+def negative(graph: FlowGraph) -> FlowGraph:
+    """The same flow for an output that is behind: all relevance with the opposite sign."""
+    layers = [
+        FlowLayer(one.name, one.groups, one.labels, tuple(-mass for mass in one.masses), -one.rest, one.others,
+                  -one.sink, -one.bypass)
+        for one in graph.layers
+    ]  # fmt: skip
+    return FlowGraph(tuple(layers), tuple(-joint for joint in graph.joints))
+
+
+def test_a_negative_flow_has_the_sentences_of_the_positive_one_with_opposite_signs():
+    graph = FlowGraph((TOP, MIDDLE, LOWEST), JOINTS)
+    walks = [(("input/0", "conv/0", "output/0"), 0.4), (("input/1", "conv/0", "output/0"), 0.25)]
+    areas = {"input/0": 0.5, "input/1": 0.1, "input/2": 0.4}
+    said = clean(flow_caption(negative(graph), walks=[(keys, -mass) for keys, mass in walks], areas=areas))
+    assert said == (
+        "Of “zebra”, −50% comes from legs (50% of the area); the other 2 shown together have −25%. Relevance is "
+        "densest in head: 3 times its share of the area. The strongest of 6 walks (paths through one node of each "
+        "layer) from a part to the output are legs → group 1 → zebra (−40%) and head → group 1 → zebra (−25%); an even "
+        "split would "
+        "give each −17%. For “zebra”: group 2 of conv with 10%. The other 7 of conv have −30%. −10% is lost to biases "
+        "and constants above the input."
+    )
+    positive = clean(flow_caption(graph, walks=walks, areas=areas)).replace("Against “zebra”", "For “zebra”")
+    assert said.replace("−", "") == positive.replace("−", "")
+
+
 def test_all_that_speak_against_are_named():
     middle = layer("conv", ("A1", "A2", "A3", "A4"), (0.9, 0.5, -0.3, -0.1))
     graph = FlowGraph((TOP, middle, LOWEST), (np.zeros((3, 6)), np.zeros((6, 5))))
     said = flow_caption(graph)
-    assert "Against it: A3 of conv with −30% and A4 of conv with −10%." in said
+    assert "Against “zebra”: A3 of conv with −30% and A4 of conv with −10%." in said
 
 
 def test_a_graph_without_relevance_has_no_caption():

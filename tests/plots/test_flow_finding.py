@@ -10,7 +10,7 @@ import numpy as np
 from nrm_plugin.measure.flow_graph import FlowGraph
 from nrm_plugin.measure.flow_nodes import FlowLayer
 from nrm_plugin.plots.flow_finding import difference_finding, flow_finding, leading, together
-from tests.plots.test_flow_caption import JOINTS, LOWEST, MIDDLE, TOP, layer
+from tests.plots.test_flow_caption import JOINTS, LOWEST, MIDDLE, TOP, layer, negative
 
 
 def graph_of(*layers: FlowLayer) -> FlowGraph:
@@ -36,6 +36,34 @@ def test_the_fewest_nodes_with_half_of_the_relevance_are_named_with_their_sum():
     assert flow_finding(graph_of(GROUPS)) == "70% of all relevance passes through A1 and A2 of conv"
     spread = layer("input", tuple(f"part {n}" for n in range(10)), (0.1,) * 10)
     assert flow_finding(graph_of(TOP, spread), "it") == "30% of it comes from parts 0, 1 and 2"
+
+
+def test_locations_and_areas_belong_to_the_named_parts():
+    places = {"input/0": "top", "input/1": "left", "input/2": "left"}
+    areas = {"input/0": 0.2, "input/1": 0.31, "input/2": 0.49}
+    graph = graph_of(TOP, layer("input", ("part 1", "part 2", "part 3"), (0.2, 0.2, 0.15), rest=0.45))
+    assert flow_finding(graph, places=places, areas=areas).endswith(
+        "parts 1, 2 and 3 (top, left, left; 100% of the area)"
+    )
+    same = dict.fromkeys(places, "top")
+    assert flow_finding(graph_of(TOP, PARTS), places=same, areas=areas).endswith("1 and 2 (top; 51% of the area)")
+    assert flow_finding(graph_of(TOP, PARTS), areas=areas).endswith("parts 1 and 2 (51% of the area)")
+    assert "area" not in flow_finding(graph_of(TOP, PARTS), areas={"input/2": 0.49})
+
+
+def test_a_flow_against_the_output_is_about_the_evidence_against_it():
+    channels = layer("conv", ("3", "8", "9"), (1.2, 0.2, -0.4))
+    graph = negative(graph_of(TOP, channels, PARTS))
+    places = {"input/0": "top", "input/1": "left"}
+    assert flow_finding(graph, places=places) == (
+        "Evidence against “zebra” prevails: −75% comes from parts 1 and 2 (top, left), and −120% passes through "
+        "channel 3 of conv, against 40% from channel 9"
+    )
+    assert [node.label for node in leading(graph.layers[1], -1)] == ["3"]
+    hidden = negative(graph_of(TOP, layer("conv", ("3", "8"), (0.2, 0.1), rest=0.7), PARTS))
+    assert flow_finding(hidden).endswith("−70% passes through the 7 channels of conv that are not shown")
+    around = negative(graph_of(TOP, layer("attn", ("head 1",), (0.3,), bypass=0.7), PARTS))
+    assert flow_finding(around).endswith("and −70% bypasses attn")
 
 
 def test_every_number_of_a_finding_is_a_sum_over_named_nodes():

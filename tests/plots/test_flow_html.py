@@ -183,6 +183,8 @@ BAND = """(() => {{ const path = document.querySelectorAll('.band')[{number}];
 SHARES = "[...document.querySelectorAll('.node')].map(node => node.dataset.share ?? '')"
 VISIBLE = """[...document.querySelectorAll('.node image')]
   .filter(one => getComputedStyle(one).display !== 'none').map(one => one.getAttribute('class'))"""
+BLUE = """[...document.querySelectorAll('.node')].filter(node => node.querySelector('text.b').classList
+  .contains('negative')).map(node => node.dataset.key)"""
 FOCUSED = "document.activeElement.dataset.key ?? ''"
 
 
@@ -266,6 +268,40 @@ def test_the_page_in_a_browser_without_a_network(page, mu, tmp_path, dark):
         browser.close()
     with Image.open(io.BytesIO(screenshot)) as image:
         assert len(image.convert("RGB").resize((200, 150)).getcolors(30_000)) > 100
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_given_a_node_blue_still_marks_evidence_against_the_output(page, mu, tmp_path):
+    _, path = page
+    nodes = stored(path)["nodes"]
+    groups = [node for node in nodes if node["kind"] == "group"]
+    events = {node["key"]: at(node["layer"]).channel(int(node["key"].rpartition("/")[2])) for node in groups}
+    notes = "getComputedStyle(document.querySelector('#flow > text.pale')).visibility"
+    browser = Browser(tmp_path / "profile", path.as_uri())
+    try:
+        plain = browser.ask(BLUE)
+        assert plain == [node["key"] for node in groups if node["mass"] < 0]
+        assert browser.ask(notes) == "visible"
+        signs = set()
+        for given in groups:
+            number = nodes.index(given)
+            browser.ask(f"condition({number})")
+            for node, share in zip(nodes, browser.ask(SHARES), strict=True):
+                both = float(mu(events[node["key"]] & events[given["key"]])[1]) if node in groups else 0.0
+                if abs(both) > 1e-6:
+                    assert (node["key"] in browser.ask(BLUE)) == (both < 0)
+                    assert share.startswith("−") == (both * given["mass"] < 0)
+                    signs.add((both < 0, given["mass"] < 0))
+            assert browser.ask(notes) == "hidden"
+            said = browser.ask("document.getElementById('status').textContent")
+            assert f"numbers are shares of its {percent(given['mass'])}" in said
+        assert len(signs) == 4
+        browser.press("Escape")
+        assert browser.ask(BLUE) == plain
+        assert browser.ask(notes) == "visible"
+    finally:
+        browser.close()
 
 
 WALK = "document.querySelectorAll('[data-walk]')[{number}]"

@@ -1,6 +1,6 @@
 """A recording in parts answers every question as one that holds all of its tensors.
 
-Covers: nrm_plugin.recording.units.
+Covers: nrm_plugin.recording.stored_outputs.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def test_all_questions_have_the_answers_of_the_whole_recording(name, limit):
     )
     assert_equal(mu.conditional(at(lower).channel(0)), whole.conditional(at(lower).channel(0)))
     assert_equal(mu.joint(upper, lower), whole.joint(upper, lower))
-    assert mu._recording.parts._runs_units  # no kept output stood for a module that does more
+    assert mu._recording.parts._uses_stored  # no kept output stood for a module that does more
 
 
 @pytest.mark.medium
@@ -233,7 +233,7 @@ def test_references(name, limit):
     assert_equal(mu.marginal(mu.layers), whole.marginal(whole.layers))
     event = at("blocks.1").channel(1) & ~at("blocks.0").channel(3)
     assert_equal(mu(event), whole(event))
-    assert mu._recording.parts._runs_units
+    assert mu._recording.parts._uses_stored
 
 
 @pytest.mark.medium
@@ -278,8 +278,8 @@ def test_the_blocks_of_a_decoder_do_not_run_again():
     mu = RelevanceMeasure(net, ids, 1, max_memory=1.5 * inside)
     runs.clear()
     mu = RelevanceMeasure(net, ids, 1, max_memory=1.5 * inside)
-    units = [unit.name for unit in mu._recording.parts._first.units]
-    assert units == [f"blocks.{k}" for k in range(6)]
+    stored = [call.name for call in mu._recording.parts._first.stored]
+    assert stored == [f"blocks.{k}" for k in range(6)]
     assert runs == [*range(6)]
     mu.marginal("tokens")
     assert sorted(runs) == sorted([*range(6)] * 2)  # every block once more, in the pass that needs it
@@ -348,9 +348,9 @@ class Keeping(nn.Module):
 def test_blocks_with_other_effects_than_their_outputs_run_again():
     whole = RelevanceMeasure(seeded(Cached), FLAT, 1)
     mu = RelevanceMeasure(seeded(Cached), FLAT, 1, max_memory=2000)
-    assert mu._recording.parts._first.units
+    assert mu._recording.parts._first.stored
     assert_equal(mu.marginal(mu.layers), whole.marginal(whole.layers))
-    assert not mu._recording.parts._runs_units  # without the earlier blocks, values differ
+    assert not mu._recording.parts._uses_stored  # without the earlier blocks, values differ
 
 
 @pytest.mark.medium

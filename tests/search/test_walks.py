@@ -56,11 +56,13 @@ def test_merged_groups_are_bounded_by_their_lump(net, k, expansions):
 
 
 def lumped(net, k, expansions):
-    """A search with unlimited time whose bounds merge the groups into two lumps."""
-    original = walk_bounds.CompletionBounds._lumps
+    """A search with unlimited time whose bounds merge the groups into two."""
+    original = walk_bounds.CompletionBounds._merged_groups
     with (
         patch.object(walk_bounds, "MIN_ROWS", 2),
-        patch.object(walk_bounds.CompletionBounds, "_lumps", lambda self, level, rows: original(self, level, 2)),
+        patch.object(
+            walk_bounds.CompletionBounds, "_merged_groups", lambda self, level, rows: original(self, level, 2)
+        ),
     ):
         return top_walks(net.mu, net.layers, k, net.over, budget=math.inf, expansions=expansions)
 

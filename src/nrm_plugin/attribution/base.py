@@ -20,6 +20,7 @@ from ..composites import Normalized
 from ..errors import InputError, UnknownLayerError, brief
 from ..events.event import Atom, Event, at
 from ..measure.measure import RelevanceMeasure
+from ..model.devices import by_sample, on_device_of
 from ..model.inputs_and_outputs import is_index
 from ..model.targets import sample_sums
 
@@ -111,7 +112,7 @@ def in_unit(value: Tensor, output: Tensor, unit: Unit) -> Tensor:
     """
     if unit not in ("output", "measure"):
         raise ValueError(f"unit={brief(unit)} is unknown; choose 'output' or 'measure'.")
-    return value if unit == "measure" else value * output.reshape(-1, *(1,) * (value.ndim - 1))
+    return value if unit == "measure" else value * by_sample(output, value)
 
 
 def as_tensor(measure: RelevanceMeasure, values: Tensor) -> Tensor:
@@ -151,10 +152,11 @@ def input_relevance(
 
 
 def convergence_delta(measure: RelevanceMeasure, taps: list[Atom]) -> Tensor:
-    """Returns the convergence delta, of shape ``(N,)``: one minus the sum of the layer's mass, sink and bypass."""
+    """Returns the convergence delta of each sample: one minus the sum of the layer's mass, sink and bypass."""
     if len(taps) == 1:
         (tap,) = taps
-        return 1 - sample_sums(measure.marginal(tap)) - measure.sink(tap) - measure.bypass(tap)
+        sink = measure.sink(tap)
+        return 1 - on_device_of(sample_sums(measure.marginal(tap)), sink) - sink - measure.bypass(tap)
     # No walk crosses two tensors of a tuple, so the walks that cross none of them form the complement of the union.
     union = functools.reduce(operator.or_, taps)
     return 1 - sum(measure(tap) for tap in taps) - measure(~union)

@@ -176,7 +176,7 @@ def _explanation(chosen: tuple[int, ...] | None, against: Any) -> dict[str, Any]
 
 
 def _mask(chosen: tuple[int, ...] | None, outputs: Tensor) -> Tensor:
-    """Returns a mask of the chosen outputs, of shape ``(N, K)``. None selects all outputs."""
+    """Returns a mask of shape ``(N, K)`` of the chosen outputs. None selects all outputs."""
     if chosen is None:
         return torch.ones_like(outputs)
     out_of_range = [number for number in chosen if not -outputs.shape[1] <= number < outputs.shape[1]]

@@ -17,10 +17,10 @@ Reduce = Literal["mean", "sum"]
 
 
 class DataLoaderNRM:
-    """Attribution with a method of this package over the batches of a data loader.
+    """Computes attributions over the batches of a data loader.
 
     Captum's ``DataLoaderAttribution`` ablates features across the whole dataset and therefore supports only
-    ``FeatureAblation``. Relevance takes one pass per batch instead. As in Captum, an ``InputRole`` specifies how each
+    ``FeatureAblation``. This class needs only one pass per batch. As in Captum, an ``InputRole`` specifies how each
     part of a batch is used.
 
     Args:

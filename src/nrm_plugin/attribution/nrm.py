@@ -14,6 +14,7 @@ from ..events.event import Atom, Event
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
 from ..model.checks import check_module
+from ..model.devices import on_device_of
 from ..model.inputs_and_outputs import Output, check_batched
 from ..model.targets import sample_sums
 from ..plan.reuse import measures_of
@@ -239,7 +240,7 @@ class NRM(GradientAttribution):
         return True
 
     def compute_convergence_delta(self, attributions: Any, output: Tensor, accounted: Tensor | float = 0.0) -> Tensor:
-        """Computes ``output - accounted - Σ attributions``, of shape ``(N,)``, as in Captum's LRP.
+        """Computes ``output - accounted - Σ attributions``, as a tensor of shape ``(N,)``, as in Captum's LRP.
 
         Args:
             attributions: A tensor of shape ``(N, …)``, or a tuple of such tensors.
@@ -253,7 +254,8 @@ class NRM(GradientAttribution):
         """
         parts = attributions if isinstance(attributions, tuple) else (attributions,)
         sums = [sample_sums(part if self.batched else part.unsqueeze(0)) for part in parts]
-        return output.flatten() - accounted - torch.stack(sums).sum(0)
+        output = output.flatten()
+        return output - accounted - torch.stack([on_device_of(one, output) for one in sums]).sum(0)
 
     # -- internal ---------------------------------------------------------------------------------------------
 

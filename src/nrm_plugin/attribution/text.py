@@ -27,8 +27,8 @@ from ..kernels.normalization import Residual
 from ..measure.attention_events import head_count
 from ..measure.measure import RelevanceMeasure
 from ..model.contrast import REST
-from .terminal_output import REST as THE_REST
-from .terminal_output import lines
+from .terminal_text import REST as THE_REST
+from .terminal_text import lines
 from .text_predictions import Task, task_of, tokenized
 from .words import Tokens, Word
 
@@ -67,8 +67,8 @@ class TextExplanation:
         text: The text, with its tokens and words.
         kind: ``"class"``, ``"mask"``, ``"next"`` or ``"token"``.
         target: Name of the explained class or token.
-        against: The class or token with which the target is compared. Empty without a contrast.
-        reference: Reference text or the token that replaces every word. Empty without a reference.
+        against: The class or token with which the target is compared. Empty if there is no contrast.
+        reference: Reference text or the token that replaces every word. Empty if there is none.
         output: The explained scalar: an output, a difference between outputs, or the change of either relative to the
             reference.
         predictions: The most likely classes or tokens with their softmax values.
@@ -302,12 +302,12 @@ def _reference(task: Task, tokenizer: Any, reference: str) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Words:
-    """Relevance of the tokens and words of a text.
+    """Computes the relevance of the tokens and words of a text from a measure.
 
     Attributes:
         mu: The measure to query.
-        ends: Names of the token taps, at which walks end.
-        task: Prediction that is explained.
+        ends: Names of the token embeddings in the measure, at which walks (paths from the output down) end.
+        task: Text and prediction that are explained.
     """
 
     mu: RelevanceMeasure
@@ -315,7 +315,7 @@ class Words:
     task: Task
 
     def relevance(self, **of: Any) -> Tensor:
-        """Returns the relevance of tokens on the CPU, of shape ``(…, T)``. Positive values support the target."""
+        """Returns the relevance of tokens as a CPU tensor of shape ``(…, T)``. Positive values support the target."""
         maps = self.mu.marginal(self.ends, over="position", **of)
         summed = torch.stack(list(maps.values())).sum(0)
         return float(self.mu.sign) * summed[..., 0, :].cpu()

@@ -26,7 +26,7 @@ class Task:
         kind: ``"class"`` for the class of the text, ``"mask"`` for the token at a mask, ``"next"`` for the next token,
             or ``"token"`` for the class of one token.
         text: The text with its tokens and words.
-        inputs: Token ids keyed by model argument. Walks end at their embeddings.
+        inputs: Token ids keyed by model argument. Their embeddings receive relevance.
         others: Additional keyword arguments for the model.
         position: Index of the token whose prediction is explained, or None if the class of the text is explained.
         logits: Logits of the prediction, of shape ``(K,)``.
@@ -44,7 +44,7 @@ class Task:
     tokenizer: Any
 
     def output(self, returned: Any) -> Tensor:
-        """Extracts the prediction logits, of shape ``(1, K)``, from the model's return value."""
+        """Extracts the prediction logits, with shape ``(1, K)``, from the model's return value."""
         logits: Tensor = returned["logits"] if isinstance(returned, dict) else returned
         return logits if self.position is None else logits[:, self.position]
 

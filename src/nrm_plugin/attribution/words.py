@@ -14,18 +14,18 @@ OPENING = ("Ġ", "▁")
 
 @dataclass(frozen=True)
 class Word:
-    """Word of a text, or special token.
+    """A word in a text, or a special token.
 
     Attributes:
         text: The word as it appears in the text, or the special token.
         tokens: Token positions of the word.
-        is_spaced: Whether a space precedes the word.
+        has_space_before: Whether a space precedes the word.
         is_special: Whether this is a special token of the tokenizer, such as a mask.
     """
 
     text: str
     tokens: tuple[int, ...]
-    is_spaced: bool = True
+    has_space_before: bool = True
     is_special: bool = False
 
 
@@ -88,12 +88,12 @@ def merged(text: str, ids: Sequence[int], tokens: Sequence[str], special: set[in
         if word == known and words:
             before = words[-1]
             letters = text[opened:stop].strip()
-            words[-1] = Word(letters or "␣", (*before.tokens, position), before.is_spaced)
+            words[-1] = Word(letters or "␣", (*before.tokens, position), before.has_space_before)
         else:
             opened, letters = start, text[start:stop].strip()
             leading = text[end:start] + text[start:stop].removesuffix(text[start:stop].lstrip())
-            is_spaced = not words or words[-1].is_special or any(map(str.isspace, leading))
-            words.append(Word(letters or "␣", (position,), is_spaced))
+            has_space_before = not words or words[-1].is_special or any(map(str.isspace, leading))
+            words.append(Word(letters or "␣", (position,), has_space_before))
         known, end = word, max(end, stop)
     return tuple(words)
 
@@ -107,7 +107,7 @@ def _by_prefixes(tokens: Sequence[str], are_special: Sequence[bool]) -> tuple[Wo
         letters = token.removeprefix(CONTINUED).lstrip("".join(OPENING))
         if joins and words and not is_special and not words[-1].is_special:
             before = words[-1]
-            words[-1] = Word(before.text + letters, (*before.tokens, position), before.is_spaced)
+            words[-1] = Word(before.text + letters, (*before.tokens, position), before.has_space_before)
         else:
             words.append(Word(token if is_special else letters or "␣", (position,), True, is_special))
     return tuple(words)

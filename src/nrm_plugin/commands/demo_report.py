@@ -20,7 +20,7 @@ class Report:
     """Results of the demo.
 
     Attributes:
-        samples: The digits.
+        samples: The explained digits.
         accuracy: Accuracy of the network on all held-out digits.
         rows: One row per layer of :data:`~nrm_plugin.commands.demo_values.LAYERS`.
         figures: Figure files: three per digit and the layer budgets of all digits.

@@ -1,4 +1,4 @@
-"""Digits of the demo and the relevance of each layer in the measure and in plain Zennit."""
+"""Digits of the demo and the relevance of each layer in the normalized measure and in Zennit."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Row:
 
     Attributes:
         layer: Name of the tap.
-        plain: Total relevance in plain Zennit for an initial relevance of 1 at the output.
+        plain: Total relevance in Zennit, for an initial relevance of 1 at the output.
         mass: Mass of the walks that cross the layer; ``mass + sink + bypass == 1``.
         sink: Mass absorbed above the layer.
         bypass: Mass of the walks that bypass the layer.
@@ -100,12 +100,12 @@ def choose(model: nn.Module, images: Tensor, labels: Tensor, kinds: Sequence[str
 
 
 def layer_rows(model: nn.Module, images: Tensor, target: Sequence[int]) -> list[Row]:
-    """Computes plain Zennit's relevance and the measure at each layer, both with :data:`TABLE_COMPOSITE`.
+    """Computes Zennit's relevance and the normalized measure at each layer, both with :data:`TABLE_COMPOSITE`.
 
     Args:
         model: The digit classifier.
         images: Images of the digits, of shape ``(N, 1, 16, 16)``.
-        target: Explained class of each image.
+        target: The class to explain for each image.
     """
     mu = RelevanceMeasure(model, images, list(target), composite=TABLE_COMPOSITE())
     plain = plain_sums(model, images, target, TABLE_COMPOSITE(), LAYERS)
@@ -119,12 +119,12 @@ def layer_rows(model: nn.Module, images: Tensor, target: Sequence[int]) -> list[
 def plain_sums(
     model: nn.Module, images: Tensor, target: Sequence[int], composite: Composite, layers: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Computes the total relevance of plain Zennit at each layer, of shape ``(N,)``.
+    """Computes the total relevance at each layer with Zennit alone, as tensors of shape ``(N,)``.
 
     The initial relevance at the target is 1.
 
     Args:
-        model: The network.
+        model: The digit classifier.
         images: Inputs of shape ``(N, …)``.
         target: Explained class of each image.
         composite: The composite, without normalization.

@@ -53,9 +53,9 @@ class LayerExplanation:
     """Explanation of one layer.
 
     Attributes:
-        name: Name of the tap.
-        relevance: Relevance of each neuron, without batch dimension.
-        mass: Mass of each channel, of shape ``(C,)``.
+        name: Name of the layer.
+        relevance: Relevance of each neuron, without the batch dimension.
+        mass: Mass (total relevance) of each channel, of shape ``(C,)``.
         totals: Relevance totals at the layer.
         top: Channels with the largest absolute mass.
         heat_maps: Joint relevance of each of these channels with the pixels, of shape ``(len(top), H, W)``.
@@ -113,7 +113,7 @@ class Explanation:
         outputs: Outputs of the model, of shape ``(K,)``.
         target: The explained class.
         against: The contrast of the explained class.
-        difference: The explained difference between outputs, or None without a contrast.
+        difference: The explained difference between outputs, or None if there is no contrast.
         relevance: Relevance of the inputs, of shape ``(C, S, S)``. Like the relevance of layers and the totals, it is
             multiplied by the sign of the difference. Positive relevance is then evidence for the class.
         totals: Relevance totals at the inputs.
@@ -124,7 +124,7 @@ class Explanation:
         layer_map: Relevance map averaged over late layers, or None if it was not requested or the model has no such
             layers.
         pixel_map: Heat map of :func:`~nrm_plugin.measure.pixel_maps.pixel_map`, of shape ``(H, W)``, with the plain
-            background of the image as the reference. None without a plain background.
+            background of the image as the reference. None if the background is not plain.
         shows_pixels: Whether to plot the relevance of the pixels.
         notes: Deviations from the request, with their reasons.
     """
@@ -161,7 +161,7 @@ def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> E
         NRMError: If no measure of the model can be constructed with these rules.
     """
     inputs = loaded.preprocessing(source.image).to(request.device)
-    ground = ground_name(loaded, inputs) if request.finds_ground else None
+    ground = ground_name(loaded, inputs) if request.finds_background else None
     on_ground = None if ground is None else _on_ground(loaded, source, inputs, request, ground)
     if isinstance(on_ground, Explanation):
         return on_ground
@@ -175,13 +175,13 @@ def _on_ground(
     """Explains the difference from the plain background. Returns a note with the reason if this is not possible.
 
     Args:
-        loaded: The model.
+        loaded: The loaded model, with its preprocessing.
         source: The image to explain.
         inputs: The preprocessed image.
         request: Settings of the computation.
         ground: The color of the background, as the name of a reference.
     """
-    request = replace(request, composite=SECANTS, reference=ground, layers_reference=None, finds_ground=False)
+    request = replace(request, composite=SECANTS, reference=ground, layers_reference=None, finds_background=False)
     note = f"the plain background of the image, {ground}, is not its reference: "
     try:
         alone = measure_of(loaded, inputs, replace(request, against=NONE))

@@ -100,7 +100,7 @@ def division(
     """Groups the neurons in each layer of a flow.
 
     Args:
-        loaded: The model.
+        loaded: The loaded model, with its preprocessing.
         mu: The measure for the image.
         request: The request, with the layers.
         options: Options of the flow figure.
@@ -159,10 +159,10 @@ def labels_of_groups(mu: RelevanceMeasure, layers: Sequence[str], groups: Groups
 
 
 def regions_of(graph: FlowGraph, over: Mapping[str, Any]) -> Regions:
-    """Returns the region of each input group that a flow shows, of shape ``(H, W)``, keyed by node.
+    """Returns the region of each input group that a flow shows, as masks of shape ``(H, W)``, keyed by node.
 
     Args:
-        graph: The flow.
+        graph: The flow whose input groups are located.
         over: Group labels keyed by layer. The labels of the input have shape ``(H, W)``.
     """
     patched = [node for node in graph.nodes if node.layer == INPUT and node.kind == "group"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..dataset.images import LoadedImage
 from ..errors import NRMError, printable
-from ..measure.flow_graph import FlowGraph
+from ..measure.flow_graph import FlowGraph, FlowLayer
 from ..measure.flow_heat_maps import MappedFlow, NodeMaps, mapped_flow
 from ..measure.layer_groups import Groups
 from ..measure.layer_profile import ProfileRow, profile
@@ -44,13 +44,17 @@ from .output_files import (
     write_json,
     writing,
 )
-from .photos import crop_note, photo
+from .photos import crop_note, margin_note, margins, photo
 from .request import Against, Request, RequestError, check_layers, compared_with, explained_class, measure_of
 
 MOST_PASSES, LISTED_WALKS = 150, 12
 """Maximum number of partial passes for walks over groups and number of walks listed on the page."""
+NO_REST = 1e-6
+"""Absolute relevance below which the outputs that are not shown have none."""
 LEAST_NEXT = 0.01
 """Softmax value above which a caption mentions the second class."""
+LOWERS = ("what lowers the score", "what raises it")
+"""Descriptions of positive and negative relevance for a negative score without a contrast."""
 LEAST_PROFILE = 0.01
 """Fraction of relevance lost at a layer above which the layer profile is plotted."""
 
@@ -63,8 +67,9 @@ class ImageFlow:
         outputs: Outputs of the model, of shape ``(K,)``.
         target: The explained class.
         against: The contrast of the explained class.
-        difference: The explained difference between outputs, or None without a contrast.
-        graph: The flow.
+        difference: The explained difference between outputs, or None if there is no contrast.
+        explained: The explained output, difference or change, which is 100% of the relevance.
+        graph: Flow of relevance through the layers.
         heat_maps: Heat maps of the nodes.
         pairs: Joint relevance of nodes in non-adjacent layers.
         photo: The image, with the patches of the nodes.
@@ -75,12 +80,15 @@ class ImageFlow:
         next_class: Name of the class with the largest output other than the explained class.
         rival: Name of the contrast, if it is a single class.
         name: Name of the explained class.
+        has_reference: Whether the flow explains a change from a reference image.
+        margins: Fraction of the model input that pads an image that is not square.
     """
 
     outputs: Tensor
     target: int
     against: Against
     difference: float | None
+    explained: float
     graph: FlowGraph
     heat_maps: NodeMaps
     pairs: Pairs
@@ -92,6 +100,16 @@ class ImageFlow:
     next_class: str = ""
     rival: str = ""
     name: str = ""
+    has_reference: bool = False
+    margins: float = 0.0
+
+    @property
+    def lowers(self) -> bool:
+        """True if positive relevance lowers the score of the class, because its score is negative and has no contrast.
+
+        Differences and changes have the sign of the evidence for the class instead.
+        """
+        return self.difference is None and not self.has_reference and self.explained < 0
 
 
 def explain_flow(
@@ -141,11 +159,12 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
     difference = None if against is None else float(mu.output)
     regions = regions_of(graph, divided.over)
     return ImageFlow(
-        mu.outputs.flatten(), target, against, difference, graph, flow.maps, flow.pairs,
+        mu.outputs.flatten(), target, against, difference, float(mu.output), graph, flow.maps, flow.pairs,
         replace(shown_image, regions=regions), divided.groups,
         flow.layer if flow.positions else "", _walks(mu, graph, divided.groups),
         profile(mu, request.layers, plain), _next_class(loaded, mu.outputs.flatten(), target),
         _class(loaded, against) if isinstance(against, int) else "", _class(loaded, target),
+        request.reference is not None, margins(loaded, image),
     )  # fmt: skip
 
 
@@ -168,12 +187,19 @@ def _flow(
 
 def _walks(mu: RelevanceMeasure, graph: FlowGraph, groups: Groups | None) -> Walks:
     """Returns the strongest walks over groups, or an empty list if computing them would take too many passes."""
-    if groups is None or not all(layer.name in groups.layers and not layer.others for layer in graph.layers):
+    if groups is None or not all(layer.name in groups.layers and _shows_all(layer) for layer in graph.layers):
         return []
     counts = [len(groups.names[groups.layers.index(layer.name)]) for layer in graph.layers]
     if len(counts) < 3 or least_passes(counts) > MOST_PASSES:
         return []
-    return group_walks(mu, [layer.name for layer in graph.layers], groups).through_nodes(LISTED_WALKS)
+    shown = {node.key for node in graph.nodes if node.kind == "group"}
+    walks = group_walks(mu, [layer.name for layer in graph.layers], groups).through_nodes(LISTED_WALKS)
+    return [(keys, mass) for keys, mass in walks if shown.issuperset(keys)]
+
+
+def _shows_all(layer: FlowLayer) -> bool:
+    """Returns True if the shown groups of a layer have all of its relevance, such as a single explained class."""
+    return not layer.others or (layer.name == "output" and abs(layer.rest) < NO_REST)
 
 
 def _write(
@@ -203,6 +229,7 @@ def _write(
     parts: dict[str, Any] = {"maps": flow.heat_maps, "image": flow.photo, "caption": caption(flow)}
     parts |= {"maps_at": flow.maps_at, "walks": flow.walks, "pairs": flow.pairs}
     parts |= {"counts": channel_counts(flow.graph, flow.groups), "finding": finding(flow)}
+    parts |= {"signs": LOWERS} if flow.lowers else {}
     drawn = flow_figure(flow.graph, heading, options.dark, width=options.width, **parts)
     save_figure(drawn, figure, options.dark, options.dpi)
     for path in layers:
@@ -222,18 +249,27 @@ def _write(
 
 def caption(flow: ImageFlow) -> str:
     """Returns the caption of a flow, including the part of the image that the model did not see."""
-    areas = {key: float(np.mean(mask)) for key, mask in flow.photo.regions.items()}
-    said = flow_caption(flow.graph, flow.name, walks=flow.walks, areas=areas, places=_places(flow))
-    return " ".join(filter(None, (_rank(flow), _whole(flow), said, crop_note(flow.photo))))
+    said = flow_caption(flow.graph, _target(flow), walks=flow.walks, areas=_areas(flow), places=_places(flow))
+    notes = (crop_note(flow.photo), margin_note(flow.margins))
+    return " ".join(filter(None, (_rank(flow), _whole(flow), said, *notes)))
 
 
 def finding(flow: ImageFlow) -> str:
     """Returns the title of the figure."""
-    return flow_finding(flow.graph, flow.name, _places(flow))
+    return flow_finding(flow.graph, _target(flow), _places(flow), _areas(flow))
+
+
+def _target(flow: ImageFlow) -> str:
+    """Returns the name of the explained output for use in sentences."""
+    return f"the negative score of {flow.name}" if flow.lowers else flow.name
 
 
 def _places(flow: ImageFlow) -> dict[str, str]:
     return {key: place_name(mask, flow.heat_maps.get(key)) for key, mask in flow.photo.regions.items()}
+
+
+def _areas(flow: ImageFlow) -> dict[str, float]:
+    return {key: float(np.mean(mask)) for key, mask in flow.photo.regions.items()}
 
 
 def _rank(flow: ImageFlow) -> str:
@@ -248,17 +284,27 @@ def _rank(flow: ImageFlow) -> str:
         is_close = bool(flow.next_class) and second >= LEAST_NEXT
         after = f"; the next is {flow.next_class} with {percent(second)}" if is_close else ""
         return f"The model predicts this class, with a softmax of {share}{after}."
-    return f"The model does not predict this class: its softmax of {share} has rank {rank}."
+    first = f"; the first is {flow.next_class} with {percent(float(softmax.max()))}" if flow.next_class else ""
+    return f"The model does not predict this class: its softmax of {share} has rank {rank}{first}."
 
 
 def _whole(flow: ImageFlow) -> str:
-    """Describes the difference between outputs that equals 100%. Returns an empty string if it is not positive."""
-    if flow.difference is None or flow.difference <= 0:
+    """Describes the output, difference or change that equals 100%, or -100% if it is a negative difference or change.
+
+    Returns an empty string if it is zero.
+    """
+    if flow.explained == 0:
         return ""
-    others = f"that of {flow.rival}"
-    if isinstance(flow.against, str):
-        others = "the softmax-weighted mean of the other scores"
-    return f"100% is its score minus {others}, {flow.difference:.3g}."
+    score = "its score" if len(flow.outputs) > 1 else "the output"
+    sign = "−" if flow.explained < 0 and not flow.lowers else ""
+    value = f"{flow.explained:.3g}".replace("-", "−")
+    others = f"that of {flow.rival}" if flow.rival else "the softmax-weighted mean of the other scores"
+    if flow.difference is not None:
+        end = ", compared with the reference image" if flow.has_reference else ""
+        return f"{sign}100% is a difference of {value} between {score} and {others}{end}."
+    if flow.has_reference:
+        return f"{sign}100% is a change of {value} in {score}, compared with the reference image."
+    return f"100% is {score} of {value}{', which red lowers and blue raises' if flow.lowers else ''}."
 
 
 def _class(loaded: LoadedModel, index: int) -> str:

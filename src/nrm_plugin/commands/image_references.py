@@ -34,7 +34,7 @@ def reference_image(loaded: LoadedModel, inputs: Tensor, name: str) -> Tensor:
     """Returns the reference for a preprocessed image, in the shape of the inputs.
 
     Args:
-        loaded: The model.
+        loaded: The loaded model, with its preprocessing.
         inputs: The preprocessed image, of shape ``(1, C, S, S)``.
         name: One of :data:`NAMES`, a color such as ``#f0f0f0``, or an image file.
 
@@ -59,7 +59,7 @@ def reference_image(loaded: LoadedModel, inputs: Tensor, name: str) -> Tensor:
 
 
 def reference_words(name: str | None) -> str:
-    """Describes a reference for a title. Returns an empty string without a reference."""
+    """Describes a reference for a title. Returns an empty string if there is none."""
     if name is None:
         return ""
     words = f"a plain image of {name}" if COLOUR.fullmatch(name) else printable(Path(name).name)
@@ -70,7 +70,7 @@ def ground_name(loaded: LoadedModel, inputs: Tensor) -> str | None:
     """Returns the plain background of a preprocessed image as the name of a reference, or None if there is none.
 
     Args:
-        loaded: The model.
+        loaded: The loaded model, with its preprocessing.
         inputs: The preprocessed image, of shape ``(1, C, S, S)``.
     """
     color = plain_ground(loaded.preprocessing.inverse(inputs))

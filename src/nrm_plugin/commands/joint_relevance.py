@@ -93,7 +93,7 @@ def joint_relevance(mu: RelevanceMeasure, layers: Sequence[str], count: int) -> 
 
 
 def joint_heat_maps(mu: RelevanceMeasure, events: Sequence[Event]) -> Tensor:
-    """Computes ``μ(pixel ∩ event)`` for a single-sample measure, of shape ``(E, H, W)``. Sums over color channels."""
+    """Computes ``μ(pixel ∩ event)`` for a single-sample measure in shape ``(E, H, W)``. Sums over color channels."""
     return torch.cat([mu.marginal("input", joint=part)[:, 0].sum(1) for part in _chunks(events)])
 
 

@@ -23,7 +23,7 @@ def photo(loaded: LoadedModel, source: LoadedImage, inputs: Tensor) -> Photo:
     """Prepares an image for figures.
 
     Args:
-        loaded: The model.
+        loaded: The loaded model, with its preprocessing.
         source: The image file.
         inputs: The preprocessed image, of shape ``(1, C, S, S)``.
     """
@@ -65,3 +65,14 @@ def crop_note(shown: Photo) -> str:
     if share < LEAST:
         return ""
     return f"The model saw only the framed part, {percent(1 - share)} of the image."
+
+
+def margins(loaded: LoadedModel, source: LoadedImage) -> float:
+    """Returns the fraction of the model input that pads an image that is not square."""
+    width, height = source.image.size
+    return 1 - min(width, height) / max(width, height) if loaded.preprocessing.fit == "pad" else 0.0
+
+
+def margin_note(share: float) -> str:
+    """Describes the margins that pad an image. Returns an empty string if there are hardly any."""
+    return "" if share < LEAST else f"The margins, {percent(share)} of the area, only make the image square."

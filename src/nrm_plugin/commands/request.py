@@ -52,13 +52,13 @@ class Request:
         composite: Name of the composite in Zennit's registry, or :data:`SECANTS`.
         residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
         gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        device: Device of the computation.
-        channels: Number of channels per layer with a heat map.
+        device: Device to compute on.
+        channels: Number of channels per layer for which heat maps are drawn.
         reference: Name or file of the reference image, or None if there is none.
         map: Heat maps to plot, such as :data:`~nrm_plugin.commands.options.BOTH`, or None for commands without
             ``--map``.
         layers_reference: Reference image used only for the map of late layers, or None.
-        finds_ground: Whether to use the plain background of an image, if it has one, as its reference.
+        finds_background: Whether to use the plain background of an image, if it has one, as its reference.
     """
 
     target: str | None = None
@@ -73,7 +73,7 @@ class Request:
     reference: str | None = None
     map: str | None = None
     layers_reference: str | None = None
-    finds_ground: bool = False
+    finds_background: bool = False
 
 
 def check_device(name: str) -> torch.device:
@@ -100,7 +100,7 @@ def explained_class(loaded: LoadedModel, requested: str | None, outputs: Tensor)
     """Returns the index of the explained class for one image.
 
     Args:
-        loaded: The model.
+        loaded: The loaded model, with its preprocessing.
         requested: Index or name of the class, or None for the predicted class.
         outputs: Outputs of the model, of shape ``(1, K)``, or ``(1,)`` for a single class.
 
@@ -120,7 +120,7 @@ def compared_with(loaded: LoadedModel, request: Request, outputs: Tensor) -> Aga
     """Returns the contrast of the explained class for one image.
 
     Args:
-        loaded: The model.
+        loaded: The loaded model, with its preprocessing.
         request: The request, including the requested contrast.
         outputs: Outputs of the model, of shape ``(1, K)``, or ``(1,)`` for a single class.
 
@@ -155,7 +155,7 @@ def output_count(loaded: LoadedModel, inputs: Any = None) -> int | None:
     """Returns the number of outputs, or None if the model fails on the inputs or is not a classifier.
 
     Args:
-        loaded: The model.
+        loaded: The loaded model, with its preprocessing.
         inputs: Inputs of one sample. Defaults to a black image.
     """
     parameter = next(loaded.model.parameters(), torch.empty(0))

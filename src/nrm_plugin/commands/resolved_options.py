@@ -28,7 +28,7 @@ def request_of(options: argparse.Namespace) -> Request:
     """
     drawn, reference = getattr(options, "map", None), getattr(options, "reference", None)
     has_rules = options.composite or options.gain_limit is not None or options.residual == "sink"
-    finds_ground = drawn is not None and not reference and not has_rules
+    finds_background = drawn is not None and not reference and not has_rules
     reference = None if reference == NO_REFERENCE else reference
     layers_reference = None if options.composite or reference else BLUR if drawn == BOTH else None
     if drawn == OF_LAYERS and not options.composite:
@@ -53,7 +53,7 @@ def request_of(options: argparse.Namespace) -> Request:
         reference=reference,
         map=drawn,
         layers_reference=layers_reference,
-        finds_ground=finds_ground,
+        finds_background=finds_background,
     )
 
 

@@ -1,5 +1,9 @@
 """Measures of whole datasets: stored sweeps, statistics, reference examples, glocal flows and prototypes.
 
+A sweep evaluates queries on all samples of a dataset and stores the results. A reference example is a sample in which a
+neuron or group has a large relevance or activation. (The reference of a single measure is something else: a baseline
+input.)
+
 Imports: errors, imports, events, model, kernels, composites, recording, measure, plan, plots.
 """
 

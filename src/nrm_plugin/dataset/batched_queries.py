@@ -11,6 +11,7 @@ from torch import Tensor
 from ..events.event import Atom, Event, at
 from ..measure.groups import by_label
 from ..measure.measure import RelevanceMeasure
+from ..model.devices import by_sample
 from .queries import (
     Activation,
     Bypass,
@@ -36,10 +37,10 @@ class Requirements:
         queries: The queries to evaluate.
 
     Attributes:
-        marginals: Taps with a required marginal.
-        joint_marginals: The taps at which marginals joint with an event are required, keyed by event.
-        masses: Events with a required mass.
-        joint_matrices: The upper tap, lower tap and groups of each required joint matrix.
+        marginals: Layers whose marginals are required.
+        joint_marginals: Layers whose marginals joint with an event are required, keyed by event.
+        masses: Events whose mass is required.
+        joint_matrices: The upper layer, lower layer and groups of each required joint matrix.
         activations: Layers with required activations.
     """
 
@@ -108,7 +109,7 @@ class QueryResults:
                 self.joint_matrices[chain[k], chain[k + 1], over] = self._signed(joint)
 
     def of(self, query: Query) -> Tensor:
-        """Returns the result of a query, of shape ``(N, *groups)``, with NaN where a quotient is undefined."""
+        """Returns the result of a query in shape ``(N, *groups)``, with NaN where a quotient is undefined."""
         return METHODS[type(query)](self, query)
 
     # -- one method for each kind of query ----------------------------------------------------------------------------
@@ -127,7 +128,7 @@ class QueryResults:
 
     def _conditioned(self, values: Tensor, query: Marginal | Maps | EventMass) -> Tensor:
         assert query.given is not None
-        mass = self.masses[query.given].reshape(-1, *(1,) * (values.ndim - 1))
+        mass = by_sample(self.masses[query.given], values)
         return _quotient(values, mass, mass.abs() <= query.min_ratio)
 
     def _joint(self, query: Joint) -> Tensor:
@@ -172,7 +173,7 @@ class QueryResults:
         """Multiplies values of shape ``(N, …)`` by the sign of the explained output of each sample."""
         if not bool((self._signs < 0).any()):
             return values
-        return values * self._signs.reshape(-1, *(1,) * (values.ndim - 1))
+        return values * by_sample(self._signs, values)
 
     # -- groups -------------------------------------------------------------------------------------------------------
 

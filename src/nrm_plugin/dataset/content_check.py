@@ -15,9 +15,9 @@ from .sweep_layout import OnError
 
 
 def contents_to_compare(source: DataSource, shards: Iterable[Shard]) -> dict[int, str]:
-    """Returns the stored hashes of samples with a changed or unknown stamp.
+    """Returns the stored hashes of samples whose modification stamp has changed or is unknown.
 
-    Failed samples and samples stored by earlier versions have no hash and are not compared.
+    Failed samples and samples stored by earlier versions of the library have no hash and are not compared.
     """
     contents: dict[int, str] = {}
     for shard in shards:

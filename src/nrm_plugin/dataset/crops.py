@@ -20,6 +20,7 @@ from ..imports import renamed_arguments
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
 from ..measure.reconstruction import Box, receptive_fields
+from ..model.devices import by_sample
 from .evaluation import device_of
 from .examples import References, ReferencesError
 
@@ -87,7 +88,7 @@ def crops(
     the crop is negative, the sign of the heat map is reversed first.
 
     Args:
-        model: The network.
+        model: The network that was explained.
         data: Indexable dataset of images of shape ``(C, H, W)``, or of pairs ``(image, label)``.
         references: The references to crop, either of one layer or of events.
         groups: Groups to show. Defaults to all groups.
@@ -113,7 +114,7 @@ def crops(
         InputError: If the samples are not images.
 
     Examples:
-        >>> from nrm_plugin.dataset.reference_search import find_references
+        >>> from nrm_plugin.dataset.example_search import find_references
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
         >>> data = torch.utils.data.TensorDataset(torch.rand(20, 1, 8, 8), torch.randint(2, (20,)))
         >>> references = find_references(net, data, ["0"], k=3)
@@ -137,7 +138,8 @@ def crops(
         targets = references.targets[row, : len(samples)]
         target = targets.tolist() if bool((targets >= 0).all()) else None
         mu = RelevanceMeasure(model, images, target, composite=rules, against=against)
-        heat = (mu.sign.reshape(-1, 1, 1) * mu.marginal("input", joint=event).sum(1)).cpu()
+        heat = mu.marginal("input", joint=event).sum(1)
+        heat = (by_sample(mu.sign, heat) * heat).cpu()
         positions = references.positions[row, : len(samples)]
         if bool((positions < 0).any()) and not fields.whole and isinstance(group, int):
             positions = _peaks(mu, layer, group)
@@ -166,9 +168,9 @@ def _image(data: IndexableDataset, index: int) -> Tensor:
 
 
 def _peaks(mu: RelevanceMeasure, layer: str, group: int) -> Tensor:
-    """Returns the position of a channel's largest relevance in each sample, of shape ``(N,)``."""
+    """Returns the position of a channel's largest relevance in each sample, as a tensor of shape ``(N,)``."""
     values = mu.marginal(layer).movedim(mu.channel_dim(layer), 1)[:, group].reshape(mu.batch, -1)
-    return (mu.sign.unsqueeze(1) * values).argmax(1).cpu()
+    return (by_sample(mu.sign, values) * values).argmax(1).cpu()
 
 
 def _crop(sample: int, value: float, target: int, box: Box, image: Tensor, heat: Tensor) -> Crop:

@@ -123,8 +123,8 @@ def unpacked(batch: Any) -> tuple[Any, Any]:
     """Splits a batch into inputs and labels.
 
     Args:
-        batch: A tensor, a pair ``(inputs, labels)``, or a mapping of keyword arguments for the model, in which
-            ``label`` or ``labels`` are the labels.
+        batch: A tensor, a pair ``(inputs, labels)``, or a mapping of keyword arguments for the model, with the labels
+            under the key ``label`` or ``labels``.
 
     Raises:
         SweepError: If the batch has none of these forms.
@@ -191,7 +191,7 @@ def batch_target(target: Target, labels: Any, batch: Any) -> Any:
 
 
 def predicted_classes(outputs: Tensor) -> Tensor:
-    """Returns the predicted classes, of shape ``(N,)``.
+    """Returns the predicted classes, as a tensor of shape ``(N,)``.
 
     Raises:
         SweepError: If the model is not a classifier.

@@ -3,7 +3,7 @@ r"""Reference examples: the samples in which a group has the largest relevance o
 .. math:: \text{references}(g) = \operatorname{top}_k \mu_n(g)
 
 For the channels of a layer, this is relevance maximization (Achtibat et al., 2023). References are computed in one pass
-over the data by :func:`~nrm_plugin.dataset.reference_search.find_references`, or read from a stored sweep by
+over the data by :func:`~nrm_plugin.dataset.example_search.find_references`, or read from a stored sweep by
 :func:`references`.
 """
 
@@ -99,16 +99,19 @@ class References:
         return self.groups.index(group)
 
     def of(self, group: int | str) -> list[int]:
-        """Returns the sample indices of a group, in decreasing order of value.
+        """Returns the indices of the reference samples of a group.
+
+        They are sorted by the relevance or activation of the group, from largest to smallest.
 
         Raises:
             ReferencesError: If the group is unknown.
 
         Examples:
-            >>> from nrm_plugin.dataset.reference_search import find_references
+            >>> from nrm_plugin.dataset.example_search import find_references
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-            >>> references = find_references(net, [(torch.randn(8, 3), torch.ones(8, dtype=torch.long))], ["0"], k=2)
-            >>> len(references.of("0").of(3))
+            >>> found = find_references(net, [(torch.randn(8, 3), torch.ones(8, dtype=torch.long))], ["0"], k=2)
+            >>> references_of_layer = found.of("0")
+            >>> len(references_of_layer.of(3))
             2
         """
         return [sample for sample in self.samples[self.row(group)].tolist() if sample >= 0]
@@ -169,7 +172,7 @@ class FoundReferences:
         """Saves all references as a safetensors file.
 
         Examples:
-            >>> from nrm_plugin.dataset.reference_search import find_references
+            >>> from nrm_plugin.dataset.example_search import find_references
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
             >>> references = find_references(net, [(torch.randn(8, 3), torch.ones(8, dtype=torch.long))], ["0"], k=2)
             >>> references.save("references.safetensors")

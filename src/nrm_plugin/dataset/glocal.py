@@ -4,8 +4,8 @@ The mean flow over samples is the flow of their mean measure, which is itself a 
 
 .. math:: \bar\mu(A \cap B) = \sum_n w_n \mu_n(A \cap B), \qquad \sum_n w_n = 1, \qquad \bar\mu(\Omega) = 1
 
-Every cut of a mean flow therefore sums to 1. The difference between two mean flows is signed, and its cuts sum to 0.
-Mean flows are new in this package.
+Every layer of a mean flow therefore sums to 1. The difference between two mean flows is signed, and its layers sum to
+0. Mean flows are new in this package.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ..measure.group_search import K
 from ..measure.layer_groups import Groups
 from ..measure.measure import RelevanceMeasure
 from ..measure.partitions import Names, Partition, partition
+from ..model.devices import by_sample
 from .sweep_flow import flow_of_sweep, flow_queries, reduced
 
 Array = NDArray[np.float64]
@@ -157,8 +158,7 @@ class _MeanMeasure:
         return self._mean(self.mu.bypass(layer))
 
     def _mean(self, values: Tensor) -> Tensor:
-        signs = self._signs.reshape(-1, *(1,) * (values.ndim - 1))
-        return (values.double() * signs).mean(0, keepdim=True)
+        return (values.double() * by_sample(self._signs, values)).mean(0, keepdim=True)
 
 
 def mixed(graphs: Sequence[FlowGraph], weights: Sequence[float]) -> FlowGraph:

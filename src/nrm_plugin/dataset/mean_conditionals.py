@@ -11,6 +11,7 @@ from ..errors import InputError, extra
 from ..events.event import Atom, at
 from ..measure.groups import Over, pair_of
 from ..measure.measure import RelevanceMeasure
+from ..model.devices import on_device_of
 from .relevance_matrix import RelevanceMatrix
 
 torchmetrics = extra("torchmetrics", "statistics")
@@ -71,8 +72,8 @@ class MeanConditionals(torchmetrics.Metric):  # type: ignore[name-defined, misc,
         """Adds the samples of a measure to the metric.
 
         Raises:
-            InputError: If the number of groups does not match or if relevance is not finite. The batch is then not
-                counted.
+            InputError: If the number of groups does not match that of the metric or if relevance is not finite. In
+                either case, the batch is ignored.
         """
         lower = at(self.lower) if isinstance(self.lower, str) else self.lower
         joint = mu.joint(self.upper, self.lower, over=self.over).double()
@@ -82,7 +83,7 @@ class MeanConditionals(torchmetrics.Metric):  # type: ignore[name-defined, misc,
             )
         off = mu.marginal(self.upper, over=self.over[0], joint=~lower).flatten(1).double()
         mass = mu.marginal(self.upper, over=self.over[0]).flatten(1).double()
-        parts = torch.cat([joint, off.unsqueeze(2)], 2) * mass.sign().unsqueeze(2)
+        parts = torch.cat([on_device_of(joint, off), off.unsqueeze(2)], 2) * mass.sign().unsqueeze(2)
         if not bool(parts.isfinite().all()):
             raise InputError("MeanConditionals got relevance that is not finite; the batch was not counted.")
         self.joint += parts.sum(0).to(self.joint.device)

@@ -25,9 +25,10 @@ class Moments(NamedTuple):
     """Class-wise mean and variance of relevance over samples.
 
     Attributes:
-        samples: Number of samples per class, of shape ``(classes,)``, or a scalar without classes.
-        mean: Mean relevance, of shape ``(classes, *groups)``, dimensionless. NaN for a class without samples.
-        variance: Variance, of the same shape. NaN for a class with too few samples.
+        samples: Number of samples per class, of shape ``(classes,)``, or a scalar if samples are not divided into
+            classes.
+        mean: Mean relevance, of shape ``(classes, *groups)``, dimensionless. NaN for a class that has no samples.
+        variance: Variance, of the same shape. NaN for a class with at most ``correction`` samples, by default one.
     """
 
     samples: Tensor
@@ -36,7 +37,7 @@ class Moments(NamedTuple):
 
 
 def empty(classes: int, groups: tuple[int, ...]) -> Tensor:
-    """Returns the state for no samples, of shape ``(classes, *groups, 3)``."""
+    """Returns the state for no samples as zeros of shape ``(classes, *groups, 3)``."""
     return torch.zeros((classes, *groups, 3), dtype=torch.float64)
 
 
@@ -71,10 +72,10 @@ def merged(states: Tensor) -> Tensor:
 
 
 def moments(state: Tensor, correction: int = 1) -> Moments:
-    """Computes the count, mean and variance of a state.
+    """Computes the count, mean and variance from an accumulated state.
 
     Args:
-        state: A state of shape ``(classes, *groups, 3)``.
+        state: An accumulated state of shape ``(classes, *groups, 3)``; the last dimension holds the three statistics.
         correction: Number subtracted from the count in the denominator of the variance, as in :func:`torch.var`.
     """
     count = state[..., COUNT]

@@ -26,8 +26,8 @@ class Preprocessing:
     """Conversion of images to model inputs.
 
     Attributes:
-        transform: torchvision's preset: resizing, center crop, scaling to [0, 1], and normalization with mean and
-            standard deviation.
+        transform: The preset of torchvision, which resizes an image, crops its center, scales it to [0, 1], and
+            normalizes it with the mean and standard deviation.
         fit: ``"crop"`` for the center square, as in the preset; ``"pad"`` for the whole image with a margin in the mean
             color; or ``"squeeze"`` for the whole image, stretched to a square.
     """
@@ -97,7 +97,7 @@ class Preprocessing:
         return (inputs[0] * std + mean).clamp(0, 1).expand(3, -1, -1).contiguous()
 
     def bounds(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the inputs for black and white pixels, of shape ``(1, C, 1, 1)`` each, on the device of ``like``."""
+        """Returns the inputs for black and white pixels, in shape ``(1, C, 1, 1)`` and on the device of ``like``."""
         mean, std = (like.new_tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
         return -mean / std, (1 - mean) / std
 

@@ -35,8 +35,8 @@ class Nearest:
         distance: Euclidean distance to the center.
         difference: Relevance of the sample minus relevance of the center, of shape ``(K,)``.
         outlying: Fraction of the clustered samples that fit worse than this sample, by likelihood for a mixture and
-            by distance for k-means. It works like a p-value: small values mean that the sample is atypical, and it is 0
-            if the sample fits worse than all of them.
+            by distance for k-means. It behaves like a p-value: small values mean that the sample is atypical; 0 means
+            that every clustered sample fits better.
     """
 
     prototype: int
@@ -206,8 +206,8 @@ def vectors_of_sweep(
 
     Args:
         sweep: The sweep, or its folder.
-        query: Name of a query with one value per group, or of a layer with a ``Marginal`` query.
-        target: Only use samples for which this class was explained, or None for all samples.
+        query: Name of a query with one value per group, or name of a layer that has a ``Marginal`` query.
+        target: Class whose explanations are read; None reads all samples.
 
     Returns:
         The vectors, of shape ``(N, K)``, and the sample indices, of shape ``(N,)``.

@@ -185,7 +185,7 @@ class Bypass(Query):
 
 @dataclass(frozen=True)
 class Variation(Query):
-    """Tap variation of a layer, as one value per sample."""
+    """Sum of absolute relevance over a layer, its sink and its bypass (tap variation), as one value per sample."""
 
     layer: LayerSpec
 

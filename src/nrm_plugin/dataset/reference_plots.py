@@ -35,7 +35,7 @@ def reference_figure(
 
     Args:
         rows: Crops keyed by channel, from :func:`~nrm_plugin.dataset.crops.crops`.
-        style: ``"mask"`` to fade pixels that are not relevant to the channel, ``"plain"`` for the crops alone,
+        style: ``"mask"`` to fade pixels that are not relevant to the channel, ``"plain"`` for the crops only,
             ``"heat"`` to overlay the joint heat maps, or ``"both"`` for crops with heat maps below them.
         heading: Title of the figure.
         dark: Whether to use colors for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.

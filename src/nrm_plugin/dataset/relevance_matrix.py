@@ -4,7 +4,7 @@ r"""Relevance matrices: mean conditional relevance between the groups of two lay
           \sum_i T_{ij} + \mathrm{off}_j = 1
 
 Samples are weighted by the absolute mass of ``j``. Samples with a small mass, whose conditional is unstable, thus
-contribute little. Walks through ``j`` that do not cross the lower layer count towards ``off``. The weighting is new in
+contribute little. Walks through ``j`` that do not cross the lower layer count toward ``off``. The weighting is new in
 this package.
 """
 
@@ -62,7 +62,7 @@ class RelevanceMatrix:
         return f"RelevanceMatrix({up} groups of {self.upper!r} to {down} of {self.lower!r}, {self.samples} samples)"
 
     def apply(self, relevance: Tensor) -> Tensor:
-        """Predicts the relevance of the lower groups, of shape ``(N, K_lower)``, from the upper groups.
+        """Predicts the relevance of the lower groups from the upper groups. Returns shape ``(N, K_lower)``.
 
         Groups without relevance in the data do not contribute.
 

@@ -32,12 +32,12 @@ CODED = ["query", "group", "lower", "target", "prediction"]
 def write_index(sweep: Sweep) -> Path:
     """Writes the index, with one file per query and the columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`.
 
-    Rows are sorted by group and decreasing value, with null values last. Joint matrices are omitted. They have so many
-    rows that sorting could take longer than computing the measure. The rows of a group are contiguous in each shard
-    anyway.
+    Rows are sorted by group and decreasing value, with null values last. Joint matrices are omitted because
+    they have so many rows that sorting could take longer than computing the measure. The rows of a group are contiguous
+    in each shard anyway.
 
     Args:
-        sweep: Sweep whose rows are sorted. It must be complete.
+        sweep: The sweep whose rows to sort. It must be complete.
 
     Raises:
         ShardError: If a shard is damaged or incomplete.

@@ -162,7 +162,7 @@ def _dataset_source(data: Any, batch_size: int, num_workers: int, options: Mappi
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Assignment of samples to batches and shards.
+    """Assignment of samples to batches and to shards, consecutive samples whose results are stored in one file.
 
     Shards do not depend on the batch size. A sweep can therefore be resumed with a different batch size.
 

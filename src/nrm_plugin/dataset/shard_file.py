@@ -1,4 +1,4 @@
-"""Reading of shards: Parquet files with a description of the content in the footer."""
+"""Reading of shards: Parquet files with the results of consecutive samples and a description in the footer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shard:
-    """Shard as described in the footer of its row file.
+    """Results of consecutive samples in a stored sweep (a shard), as described in the footer of their file.
 
     Attributes:
         path: The row file.
@@ -37,10 +37,10 @@ class Shard:
         value: Arrow type of stored values, ``"float"`` or ``"double"``.
         content: Hash of each sample, as in :class:`~nrm_plugin.dataset.shard_writer.ShardInfo`. Empty for sweeps of
             earlier versions.
-        stamps: Stamp of each sample, as in :class:`~nrm_plugin.dataset.shard_writer.ShardInfo`. Empty for sweeps of
-            earlier versions.
+        stamps: Modification stamp of each sample, as in :class:`~nrm_plugin.dataset.shard_writer.ShardInfo`. Empty for
+            sweeps of earlier versions.
         sums: Checksums of the row file, or None for sweeps of earlier versions.
-        map_sums: Checksums of the map file, or None without maps.
+        map_sums: Checksums of the map file, or None if the sweep stores no maps.
     """
 
     path: Path

@@ -1,4 +1,7 @@
-"""Writing of shards. Files receive their final names when they are complete and synced to disk."""
+"""Writing of shards, files with the results of consecutive samples.
+
+Files receive their final names when they are complete and synced to disk.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ CODED = ["query", "group", "lower", "target", "prediction", "sample"]
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """Description of a shard, stored in its row file.
+    """Description of a shard (results of consecutive samples), stored in its row file.
 
     Attributes:
         settings: Fingerprint of the sweep settings.

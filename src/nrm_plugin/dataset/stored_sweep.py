@@ -262,7 +262,7 @@ class Sweep:
         return table.filter(compute.equal(table["group"], group))
 
     def maps(self, query: str, samples: Collection[int]) -> Tensor:
-        """Reads the stored maps of samples, of shape ``(len(samples), *shape)``.
+        """Reads the stored maps of samples as an array of shape ``(len(samples), *shape)``.
 
         Args:
             query: Name of a ``Maps`` query.

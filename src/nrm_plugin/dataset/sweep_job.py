@@ -1,4 +1,4 @@
-"""Evaluation of sweep shards, in any order and by any process."""
+"""Evaluation of shards (consecutive samples) of a sweep, in any order and by any process."""
 
 from __future__ import annotations
 

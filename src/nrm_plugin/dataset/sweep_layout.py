@@ -204,7 +204,7 @@ def _shape(groups: Sequence[int] | None) -> tuple[int, ...] | None:
 
 
 def path_inside(folder: Path, name: str) -> Path:
-    """Returns the path of a file in a sweep folder, possibly from an untrusted source.
+    """Returns the path of a file in a sweep folder. The folder may come from an untrusted source.
 
     Raises:
         ShardError: If the file is a link to a path outside the folder.

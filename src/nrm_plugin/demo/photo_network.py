@@ -64,7 +64,7 @@ def imagenet_names() -> tuple[str, ...]:
 
 
 def load_photo() -> Tensor:
-    """Loads the center square of the demo photograph, of shape ``(1, 3, SIDE, SIDE)`` with values in [0, 1]."""
+    """Loads the center square of the demo photograph in shape ``(1, 3, SIDE, SIDE)``, with values in [0, 1]."""
     with Image.open(io.BytesIO(files("nrm_plugin.demo").joinpath(PHOTO).read_bytes())) as file:
         square = ImageOps.fit(file.convert("RGB"), (SIDE, SIDE), Image.Resampling.BICUBIC)
     pixels: Tensor = pil_to_tensor(square)[None] / 255

@@ -1,4 +1,4 @@
-"""Ordered decision diagrams of events.
+"""Ordered decision diagrams of events, which decide step by step whether a walk belongs to an event.
 
 The variables are ordered as a walk crosses their taps (hook points), from the output to the input. Crossing a tap
 decides all atoms at this tap, and a node represents the formula that remains to be decided. A pass propagates one

@@ -1,7 +1,7 @@
 """Events: sets of walks, defined by Boolean formulas over the neurons that a walk crosses.
 
-Events do not depend on a model. Their atoms refer to taps by name. The names are resolved when a measure evaluates the
-event.
+Events do not depend on a model. Their atoms, such as ``at("conv1")[3]``, refer to recorded tensors by layer name. The
+names are resolved when a measure evaluates the event.
 """
 
 from __future__ import annotations
@@ -189,9 +189,9 @@ class Atom(Event):
     """Walks that cross a tap (hook point) at one of the indexed neurons, or at any neuron if no index is given.
 
     Atoms are created by :func:`at`. With ``side="output"``, the tap is the tensor returned by the module. With
-    ``side="input"``, it is the input of the module, and only walks through this call are selected, not walks through
-    other consumers of the same tensor. ``side="sink"`` selects the walks that are absorbed in the module at the indexed
-    output neurons.
+    ``side="input"``, it is the input of the module, and only walks that enter this module are selected, not walks
+    through other consumers of the same tensor. ``side="sink"`` selects the walks that are absorbed by the module at the
+    indexed output neurons.
     """
 
     layer: str | nn.Module

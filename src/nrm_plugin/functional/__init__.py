@@ -1,4 +1,7 @@
-"""Kernels of functions and operators such as ``a + b``, ``F.linear`` and attention, and the interception of calls.
+"""Kernels of functions and operators such as ``a + b``, ``F.linear`` and attention, and interception of their calls.
+
+A kernel is the linear map by which a call propagates relevance. An intercepted call with its kernel is a *step* of the
+computation graph.
 
 Imports: errors, model, rules, kernels.
 """

@@ -191,7 +191,7 @@ def _layout_of_einsum(call: FunctionCall) -> Layout | None:
 
 
 def subscripts_of(call: FunctionCall) -> tuple[str, str, str] | None:
-    """Returns the subscripts of the two operands and the output of an ``einsum``, with Greek letters for ellipses.
+    """Returns the subscripts of both operands and the output of an ``einsum``, with ellipses replaced by Greek letters.
 
     Returns None if the output subscripts are implicit or if there are not exactly two operands.
     """

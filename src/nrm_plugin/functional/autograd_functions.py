@@ -1,4 +1,4 @@
-"""Steps for the ``autograd.Function`` classes of a model. No mode observes their calls; they are found in the graph.
+"""Propagation through the ``autograd.Function`` classes of a model, which are found in the autograd graph.
 
 An elementwise function propagates relevance like an activation, through a step attached to its autograd node. It must
 pass two tests: its Jacobian, computed by its ``backward`` at the values of the pass, is diagonal, and no output element
@@ -118,7 +118,7 @@ def _tensors(args: Iterable[Any]) -> list[Tensor]:
 
 
 def attach_steps(output: Any, calls: CustomCalls) -> None:
-    """Attaches a step to every user-defined ``autograd.Function`` between the inputs and the output of a model.
+    """Attaches a propagation step to every user-defined ``autograd.Function`` between a model's inputs and its output.
 
     Args:
         output: Return value of the model.
@@ -172,7 +172,7 @@ def _attach(node: Any, kernel: Kernel) -> None:
     node.step = step
 
     def replace(below: tuple[Any, ...], above: tuple[Any, ...]) -> tuple[Any, ...]:
-        with exact(above[0].device):
+        with exact():
             parts, _ = step.pull(above[0].unsqueeze(0))
         return tuple(None if old is None else part[0] for old, part in zip(below, parts, strict=True))
 

@@ -31,9 +31,9 @@ _BICUBIC_GRID = (
 
 @kernel_of(*POOLS)
 def pooling(call: FunctionCall) -> Kernel:
-    """Returns the kernel of the composite's rule for average pooling, applied to the averaged input.
+    """Returns a kernel that applies the composite's rule for average pooling to the tensor that is averaged.
 
-    Other inputs, such as grid points and boxes, receive no relevance.
+    The other inputs receive no relevance, such as the grid of ``grid_sample`` or the boxes of ``roi_align``.
     """
     mode = str(call.argument(3, "mode", "nearest")) if call.name in ("interpolate", "upsample") else ""
     if mode.startswith("nearest"):

@@ -28,7 +28,7 @@ from .unsupported import raise_on_arrival
 class Interception(Canonizer):
     """Canonizer that intercepts the function calls of a model and applies the registered kernels to them.
 
-    :class:`~nrm_plugin.Normalized` applies it automatically. It can also be added to a plain Zennit composite, as in
+    :class:`~nrm_plugin.Normalized` applies it automatically. It can also be added to a Zennit composite, as in
     ``EpsilonPlusFlat(canonizers=[Interception()])``.
 
     Args:

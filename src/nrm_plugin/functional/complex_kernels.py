@@ -133,7 +133,7 @@ def _smallest(bias: Tensor) -> Tensor | None:
 
 
 class _Probe:
-    """Evaluations of a call's function at other inputs.
+    """Evaluates the function of a call at test inputs to find out whether it is affine and what its matrix is.
 
     Args:
         call: The call whose function is evaluated.
@@ -195,7 +195,7 @@ class _Probe:
         return True
 
     def matrix(self, inputs: list[Layout], output: Layout) -> Tensor:
-        """Computes the matrix of the features, of shape ``(out, in)``, by evaluating the function on unit vectors."""
+        """Computes the matrix of the features, with shape ``(out, in)``, by evaluating the function on unit vectors."""
         columns = []
         for number, layout in enumerate(inputs):
             like = layout.fold(self.values[number].unsqueeze(0))

@@ -40,7 +40,7 @@ class RealSource:
 
 @dataclass(frozen=True, eq=False)
 class Expression:
-    """Result of a function call, expressed as a function of real tensors.
+    """Complex tensor, expressed as a function of the real tensors from which it was computed.
 
     Attributes:
         name: Name of the first function that returned a complex tensor.
@@ -77,7 +77,7 @@ class Expression:
 
 @dataclass
 class ComplexTensors:
-    """Expressions of the complex tensors of a forward pass."""
+    """The complex tensors of a forward pass, each as a function of the real tensors from which it was computed."""
 
     _expressions: dict[Any, Expression] = field(default_factory=dict)  # by autograd node
     _sources: dict[int, RealSource] = field(default_factory=dict)  # by identity of the tensor

@@ -1,4 +1,6 @@
-"""Steps that explain a difference. Each function call is paired with the same call on the reference.
+"""Function calls as steps of a measure that explains a difference from a reference.
+
+Each call is paired with the same call in the forward pass on the reference, and a secant kernel is derived from both.
 
 Source: docs/differences.md.
 """
@@ -117,6 +119,8 @@ def difference_step(observed: ObservedCall, forward_pass: InterceptedPass, refer
         return NO_KERNEL  # such as a conversion to the same format
     if not isinstance(output, Tensor) or not output.is_floating_point():
         return NO_KERNEL
+    if call.name in CONVERSIONS and output.dtype == call.values[0].dtype:
+        return NO_KERNEL  # a move to another device
     output = output.detach()
     if any(output.data_ptr() == value.data_ptr() for value in call.values):
         output = output.clone()

@@ -23,6 +23,7 @@ from ..kernels.base import Kernel
 from ..kernels.forward_state import Saved
 from ..kernels.reference_pass import Difference, ReferencePass
 from ..model.autocast import working_dtype
+from ..model.devices import on_device_of
 from .function_call import FunctionCall
 
 
@@ -84,8 +85,8 @@ class DifferenceCall:
 
     @property
     def before(self) -> list[Tensor]:
-        """Difference ``δ`` of each input."""
-        return [difference.delta for difference in self.differences]
+        """Difference ``δ`` of each input, on the device of the output."""
+        return [on_device_of(difference.delta, self.after) for difference in self.differences]
 
     @property
     def after(self) -> Tensor:

@@ -117,9 +117,9 @@ def _magnitude(summand: Tensor, item: CallInput) -> Tensor:
 
 @kernel_of("mul")
 def product(call: FunctionCall) -> Kernel:
-    """Returns the kernel of a product. All relevance passes to the signal and none to the gate.
+    """Returns the kernel of a multiplication. All relevance passes to the signal and none to the gate.
 
-    If neither or both factors are gates, all relevance passes to the larger tensor, or half to each if they have
+    If neither factor is a gate, or both are, all relevance passes to the larger tensor, or half to each if they have
     the same size.
     """
     if len(call.inputs) == 1:

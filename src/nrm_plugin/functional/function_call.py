@@ -23,7 +23,7 @@ from .rule_lookup import NoRules, RuleLookup
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of function steps, shared by all forward passes of a model.
+    """Settings for the propagation through function calls, shared by all forward passes of a model.
 
     Attributes:
         rules: Lookup of the composite's rules by module or weight.
@@ -58,7 +58,7 @@ def fill(value: Any, tensors: Sequence[Tensor]) -> Any:
 
 @dataclass(frozen=True)
 class CallInput:
-    """Argument of a call that receives relevance.
+    """Argument of a function call, if it is a tensor that receives relevance.
 
     Attributes:
         saved: The tensor, saved for the backward pass.
@@ -171,8 +171,9 @@ class FunctionCall:
 
         Args:
             rule: The rule, such as ``zennit.rules.Norm()``.
-            to: Index of the input that receives relevance. The other inputs are constants.
-            run: Function of this input to which the rule is applied; by default, the called function.
+            to: Index of the input that receives relevance. The other inputs are treated as constants.
+            run: The function to apply the rule to, as a function of this input alone. Defaults to the intercepted
+                function.
         """
         values = self.values
 

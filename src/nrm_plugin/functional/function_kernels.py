@@ -160,7 +160,7 @@ class RouteKernel(VjpKernel):
 
 
 def with_zeros(parts: dict[int, Tensor], relevance: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
-    """Returns the relevance of each input, of shape ``(K, *in)``, with zeros for inputs that are not in ``parts``."""
+    """Returns relevance of shape ``(K, *in)`` for each input, with zeros for inputs that are not in ``parts``."""
     return tuple(
         parts[number] if number in parts else relevance.new_zeros((len(relevance), *shape))
         for number, shape in enumerate(shapes)

@@ -21,7 +21,7 @@ from .observed_call import ObservedCall, source_line
 
 
 class Kind(enum.IntEnum):
-    """Kind of a tensor without relevance. The result of a function has the largest kind among its arguments."""
+    """How a tensor without relevance depends on integer inputs. A result has the largest kind of its arguments."""
 
     STRUCTURE = 1
     """Constants such as masks and degrees: comparisons, positions or counts of ids."""
@@ -53,7 +53,7 @@ _ELEMENTWISE = frozenset("round floor ceil trunc clamp add sub rsub mul div neg 
 
 
 class Ids:
-    """Tensors of a forward pass that depend on ids and their kinds.
+    """Tensors of a forward pass that depend on ids (integer inputs), each with its kind of dependence.
 
     Args:
         given: The integer inputs, as the objects that are passed to the model.
@@ -196,7 +196,7 @@ def _selected_dims(call: ObservedCall) -> int:
 
 
 def _is_elementwise_of(tensor: Tensor, leaves: set[int]) -> bool:
-    """Returns True if a tensor is computed from the given leaf tensors alone, by routes and elementwise functions."""
+    """Returns True if a tensor is computed only from the given leaf tensors, by routes and elementwise functions."""
     stack: list[Any] = [tensor.grad_fn]
     visited: set[Any] = set()
     while stack:

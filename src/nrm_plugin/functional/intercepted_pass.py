@@ -45,9 +45,9 @@ from .gates import Gates
 from .integer_inputs import Ids
 from .observed_call import ObservedCall, source_line
 from .registry import KERNELS, KernelFactory
-from .row_functions import keeps_rows
+from .rowwise_functions import keeps_rows
 from .rules_on_differences import has_any_rule
-from .secant_maps import polynomial
+from .secant_kernels import polynomial
 from .secants import elementwise
 from .unsupported import UnknownKernel, consists_of_routes, is_elementwise, uncovered_layer_error
 from .weighted_functions import channel_dim, layer_call
@@ -219,10 +219,10 @@ class InterceptedPass:
         return map_items(output, lambda item: self._unknown_step(call, item, observed.inputs))
 
     def complex_step(self, observed: ObservedCall) -> Any:
-        """Runs a function with complex arguments or results.
+        """Runs an observed call that takes or returns complex tensors.
 
-        A real output is recorded as a step, whose inputs are the real tensors from which the complex arguments were
-        computed.
+        A real output is recorded as a single step whose inputs are the real tensors from which the complex arguments
+        were computed.
         """
         expression = self.complex_tensors.expression(observed)
         output = observed.run()

@@ -26,7 +26,7 @@ from ..kernels.forward_state import (
     note_untracked,
 )
 from ..model.renormalization import Tables
-from ..model.saved_tensors import saved_in_place
+from ..model.saved_tensor_hooks import saved_in_place
 from ..model.trace_guards import without_modes
 from .call_handlers import handle
 from .function_call import Settings

@@ -28,7 +28,7 @@ State = tuple[Tensor | None, ...]
 
 @dataclass
 class Context:
-    """Context of a call of a recurrent function.
+    """What a call of a recurrent function needs besides its arguments.
 
     Attributes:
         path: Path of the module that called the function.

@@ -17,7 +17,7 @@ _LOOPS = (nn.RNNBase, nn.RNNCellBase)
 
 
 class RuleLookup(Protocol):
-    """Interface of a rule lookup."""
+    """Interface for finding the rule of a function call."""
 
     def of_module(self, module: nn.Module) -> Hook | None:
         """Returns the rule registered for the type of ``module``, or None if there is none."""

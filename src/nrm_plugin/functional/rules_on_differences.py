@@ -1,6 +1,6 @@
 r"""Rules of a composite, applied to differences: :math:`a \to \Delta a`, :math:`z \to \Delta z`, without biases.
 
-The rules apply to layers with weights, sums and averages. All other operations use secant slopes.
+The rules apply to layers with weights, sums and averages. All other operations use secant (finite-difference) slopes.
 
 Source: docs/differences.md.
 """

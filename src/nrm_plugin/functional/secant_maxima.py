@@ -1,4 +1,4 @@
-r"""Secant kernels of maxima and max pooling.
+r"""Secant (finite-difference) kernels of maxima and max pooling.
 
 Let :math:`m` be the argmax at the input and :math:`m^0` the argmax at the reference. The difference of the maxima is
 divided between these two elements. Either of them can switch from the reference to the input first; the two orders are
@@ -23,17 +23,17 @@ from ..kernels.base import Kernel
 from .differences import DifferenceCall, secant_of
 from .function_call import FunctionCall
 from .function_kernels import sum_to_shape
-from .secant_maps import MultiplierKernel, Multipliers
+from .secant_kernels import MultiplierKernel, Multipliers
 
 
 class MaximumKernel(MultiplierKernel):
     """Kernel of maxima over groups of elements.
 
     Args:
-        call: The call on the input and on the reference.
-        pair: The elements at input and reference, of shape ``(*in)`` each.
-        places: Argmax of each group at input and reference, of shape ``(*out)``, as indices into the flattened
-            elements.
+        call: The recorded calls for the input and the reference.
+        pair: The elements at the input and at the reference, of shape ``(*in)`` each.
+        places: Position of the maximum of each group, at the input and at the reference, of shape ``(*out)``, as
+            indices into the flattened elements.
         sign: -1 for minima.
     """
 

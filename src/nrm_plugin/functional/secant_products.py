@@ -1,4 +1,4 @@
-"""Secant kernels of layers with weights and of tensor products.
+"""Secant (finite-difference) kernels of layers with weights and of tensor products.
 
 Source: docs/differences.md.
 """
@@ -17,7 +17,7 @@ from ..model.linear_maps import LinearMap, explicit_maps
 from .differences import DifferenceCall, secant_of
 from .function_call import FunctionCall
 from .products import changed_constants, constants_of
-from .secant_maps import MultiplierKernel, Multipliers, PathKernel
+from .secant_kernels import MultiplierKernel, Multipliers, PathKernel
 from .weighted_functions import twin_of_call
 
 
@@ -25,14 +25,14 @@ class LinearKernel(MultiplierKernel):
     """Kernel of a layer with a constant weight, which propagates multipliers by the transposed linear map.
 
     Args:
-        call: The call on the input and on the reference.
-        maps: The linear map of the layer and its transpose.
+        call: The recorded calls for the input and the reference.
+        linear_map: The linear map of the layer and its transpose.
         absolute: Function that returns the linear map with absolute weights.
     """
 
-    def __init__(self, call: DifferenceCall, maps: LinearMap, absolute: Callable[[], LinearMap]) -> None:
+    def __init__(self, call: DifferenceCall, linear_map: LinearMap, absolute: Callable[[], LinearMap]) -> None:
         super().__init__(call)
-        self.maps, self._absolute = maps, absolute
+        self.linear_map, self._absolute = linear_map, absolute
 
     @cached_property
     def absolute(self) -> LinearMap:
@@ -40,7 +40,7 @@ class LinearKernel(MultiplierKernel):
         return self._absolute()
 
     def multipliers(self, above: Tensor) -> Multipliers:
-        return (self.maps.down(above),)
+        return (self.linear_map.down(above),)
 
     def absolute_multipliers(self, above: Tensor) -> Multipliers:
         return (self.absolute.down(above),)
@@ -48,7 +48,7 @@ class LinearKernel(MultiplierKernel):
     def push(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
         (value,) = values
         assert value is not None
-        return self.maps.up(value * self.before[0]) / self.divisor
+        return self.linear_map.up(value * self.before[0]) / self.divisor
 
     def push_bound(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
         (value,) = values
@@ -63,16 +63,16 @@ def layer(call: DifferenceCall) -> Kernel:
     if len(call.values) == 1 and isinstance(weight, Tensor):
         weight = weight.detach().to(call.values[0].dtype)
         twin = twin_of_call(call.call, layer_like(call.name))
-        maps = explicit_maps(twin, weight, call.values[0])
-        if maps is not None:
-            return LinearKernel(call, maps, partial(_absolute_maps, twin, weight, call.values[0]))
+        linear_map = explicit_maps(twin, weight, call.values[0])
+        if linear_map is not None:
+            return LinearKernel(call, linear_map, partial(_absolute_maps, twin, weight, call.values[0]))
     return product(call)
 
 
 def _absolute_maps(twin: nn.Module, weight: Tensor, values: Tensor) -> LinearMap:
-    maps = explicit_maps(twin, weight.abs(), values)
-    assert maps is not None, "known for the weight itself"
-    return maps
+    linear_map = explicit_maps(twin, weight.abs(), values)
+    assert linear_map is not None, "known for the weight itself"
+    return linear_map
 
 
 @secant_of("matmul", "einsum", "tensordot")

@@ -1,4 +1,4 @@
-r"""Secant kernels of elementwise functions, sums and products.
+r"""Secant (finite-difference) kernels of elementwise functions, sums and products.
 
 .. math:: \frac{\varphi(z) - \varphi(z^0)}{z - z^0}, \qquad
     ab - a^0 b^0 = \frac{b + b^0}{2} (a - a^0) + \frac{a + a^0}{2} (b - b^0)

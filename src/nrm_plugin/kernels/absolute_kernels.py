@@ -118,7 +118,7 @@ def _disjoint_terms(branches: list[Branch], layer: WeightedLayer | None, like: T
         if _overlap(groups):
             return None
         if groups:
-            down = branches[0].maps.down if layer is None or sign is None else _down(layer, like, sign)
+            down = branches[0].linear_map.down if layer is None or sign is None else _down(layer, like, sign)
             terms += [_Term(source, factor, down) for source, factor in groups]
     return terms
 

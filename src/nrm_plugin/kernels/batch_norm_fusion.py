@@ -1,4 +1,4 @@
-r"""Batch-norm fusion: one kernel for a layer and an adjacent batch normalization.
+r"""Batch-norm fusion: one kernel (map of relevance) for a layer and an adjacent batch normalization.
 
 Kernels are read from copies of the layers, so the model is not changed. Let :math:`g = \gamma / \sqrt{\sigma^2 +
 \epsilon}` and :math:`h = \beta - g \mu`, so that ``BN(x) = g x + h``. There are three forms:

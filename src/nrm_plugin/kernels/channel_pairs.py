@@ -43,8 +43,8 @@ def channel_edges(kernel: BranchKernel, relevance: Tensor) -> Tensor:
 
 def _weight_gradient(layer: WeightedLayer, branch: Branch, source: Tensor, relevance: Tensor) -> Tensor:
     """Computes ``∂⟨branch(source), relevance⟩ / ∂W`` for one sample."""
-    if branch.maps.weight_gradient is not None:
-        return branch.maps.weight_gradient(source, relevance)
+    if branch.linear_map.weight_gradient is not None:
+        return branch.linear_map.weight_gradient(source, relevance)
     with torch.enable_grad():
         leaf = branch.weight.detach().requires_grad_()
         image = layer.rerun(source, leaf)

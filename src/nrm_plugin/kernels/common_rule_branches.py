@@ -1,4 +1,4 @@
-"""Branches of common rules on torch layers, computed in closed form.
+"""Branches (terms of the sum that defines a rule) of common rules on torch layers, computed in closed form.
 
 The factors of these rules are known functions of one or two layer outputs. They are computed without replacing the
 parameters of the layer or applying the gradient mapper of the rule.
@@ -60,21 +60,21 @@ def closed_branches(
 
 
 @dataclass(frozen=True)
-class _Image:
-    """Bias-free output of one branch: the modified layer, evaluated at the modified input.
+class _LinearPart:
+    """Linear part of one branch: the output without bias of the modified layer, evaluated at the modified input.
 
     Attributes:
-        values: The output without bias, of shape ``(N, *out)``.
+        values: The linear part of the output, of shape ``(N, *out)``.
         source: The modified input.
         weight: The weight as modified by the rule.
-        maps: The linear map with the modified weight.
+        linear_map: Multiplication by the modified weight, and its transpose.
         is_own: Whether ``values`` may be overwritten because no other computation reads them.
     """
 
     values: Tensor
     source: Tensor
     weight: Tensor
-    maps: LinearMap
+    linear_map: LinearMap
     is_own: bool = True
 
     def memory(self) -> Tensor:
@@ -84,7 +84,7 @@ class _Image:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reader of the branches of one rule for one call.
+    """Computes the branches of one rule for one call of a layer.
 
     Attributes:
         call: The recorded call of the layer.
@@ -92,7 +92,7 @@ class _Reader:
         normalization: The normalization, if the factors should include the gain, or None.
         form: The parameters of the rule.
         weight: The weight of the layer.
-        writer: Accumulates the columns of the kernel.
+        writer: Object that accumulates the columns of the kernel.
     """
 
     call: LayerCall
@@ -104,23 +104,23 @@ class _Reader:
 
     def single(self) -> tuple[list[Branch], Columns] | None:
         """Computes the branches of a rule whose factors are all ``1 / (z + bias)``, stabilized."""
-        images = self._images()
-        if images is None:
+        parts = self._linear_parts()
+        if parts is None:
             return None
-        total = functools.reduce(torch.add, (image.values for image in images))
-        first = images[0] if len(images) == 1 else None
+        total = functools.reduce(torch.add, (part.values for part in parts))
+        first = parts[0] if len(parts) == 1 else None
         bias = self._bias()
         memory = total if first is None else first.memory()
         write = self._signed if isinstance(self.rule, Epsilon) else self._positive
         for at in blocks_for(self.call.like):
             write(at, total[at], None if bias is None else bias[at], memory[at])
-        pairs = zip(images, self.rule.input_modifiers, strict=False)
+        pairs = zip(parts, self.rule.input_modifiers, strict=False)
         return [
-            self._branch(image.source, memory, image.maps, image.weight, modify) for image, modify in pairs
+            self._branch(part.source, memory, part.linear_map, part.weight, modify) for part, modify in pairs
         ], self.writer.columns()
 
     def _branch(
-        self, source: Tensor, factor: Tensor, maps: LinearMap, weight: Tensor, modify: Callable[[Tensor], Tensor]
+        self, source: Tensor, factor: Tensor, linear_map: LinearMap, weight: Tensor, modify: Callable[[Tensor], Tensor]
     ) -> Branch:
         """Returns a branch that stores its modified input if it is small and recomputes it on demand otherwise."""
         is_kept = source is self.call.input or source.numel() <= KEPT
@@ -128,23 +128,23 @@ class _Reader:
             source if is_kept else self.call.input,
             factor,
             1.0,
-            maps,
+            linear_map,
             lambda: weight,
             None if is_kept else lambda values: modify(values).detach(),
         )
 
-    def _images(self) -> list[_Image] | None:
-        images: list[_Image] = []
+    def _linear_parts(self) -> list[_LinearPart] | None:
+        parts: list[_LinearPart] = []
         for modify_input, modify in zip(self.rule.input_modifiers, self.rule.param_modifiers, strict=True):
-            is_all = isinstance(self.rule, ZPlus) and not images and is_positive(self.call.input)
+            is_all = isinstance(self.rule, ZPlus) and not parts and is_positive(self.call.input)
             source = self.call.input if is_all else self._source(modify_input)
-            image = self._image(source, modify.modifier(self.weight, "weight"))
-            if image is None:
+            part = self._linear_part(source, modify.modifier(self.weight, "weight"))
+            if part is None:
                 return None
-            images.append(image)
+            parts.append(part)
             if is_all:
                 break
-        return images
+        return parts
 
     def _source(self, modify: Callable[[Tensor], Tensor]) -> Tensor:
         """Returns the modified input, or the input tensor itself if the rule does not modify it.
@@ -154,35 +154,35 @@ class _Reader:
         source = modify(self.call.input)
         return source if source is self.call.input else source.detach()
 
-    def _image(self, source: Tensor, weight: Tensor) -> _Image | None:
-        maps = explicit_maps(twin_of(self.call.module), weight, source)
-        if maps is None:
+    def _linear_part(self, source: Tensor, weight: Tensor) -> _LinearPart | None:
+        linear_map = explicit_maps(twin_of(self.call.module), weight, source)
+        if linear_map is None:
             return None
         seen = self.call.image
         if seen is not None and source is self.call.input and data_address(weight) == data_address(seen.weight):
             # Without a bias, this is the output of the layer, which other operations read.
             is_own = self.call.module._parameters.get("bias") is not None
-            return _Image(seen.saved.tensor, source, weight, maps, is_own)
-        return _Image(maps.up(source.unsqueeze(0)).squeeze(0), source, weight, maps)
+            return _LinearPart(seen.saved.tensor, source, weight, linear_map, is_own)
+        return _LinearPart(linear_map.up(source.unsqueeze(0)).squeeze(0), source, weight, linear_map)
 
     def _bias(self) -> Tensor | None:
         """Returns the modified bias, expanded to the shape of the output, or None if it is zero."""
         bias = modified_bias(self.rule.param_modifiers[0], self.call.module._parameters.get("bias"))
         return None if bias is None else broadcast(bias, self.call.module, self.call.like).expand(self.call.like.shape)
 
-    def _positive(self, at: Block, image: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    def _positive(self, at: Block, part: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """Computes the factors of a block in which both the output and the bias are nonnegative."""
         added = self.form.epsilon if bias is None else bias + self.form.epsilon
-        if self.normalization is not None and self.normalization.restores(image, added):
-            torch.reciprocal(image, out=out)  # the factor times the gain
+        if self.normalization is not None and self.normalization.restores(part, added):
+            torch.reciprocal(part, out=out)  # the factor times the gain
             return
-        factor = (image + added).reciprocal_()
-        gain = self.writer.gain(at, factor * image)
+        factor = (part + added).reciprocal_()
+        gain = self.writer.gain(at, factor * part)
         out.copy_(factor if gain is None else factor.mul_(gain))
 
-    def _signed(self, at: Block, image: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        factor = inverse_by(self.form.epsilon)(image if bias is None else image + bias)
-        gain = self.writer.gain(at, factor * image)
+    def _signed(self, at: Block, part: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        factor = inverse_by(self.form.epsilon)(part if bias is None else part + bias)
+        gain = self.writer.gain(at, factor * part)
         out.copy_(factor if gain is None else factor.mul_(gain))
 
     def conserving(self) -> tuple[list[Branch], Columns] | None:
@@ -192,26 +192,26 @@ class _Reader:
         """
         same, size = (self._source(modify) for modify in self.rule.input_modifiers)
         windows = window_maps(twin_of(self.call.module), self.weight, size)
-        image = None if windows is None else self._image(same, self.weight)
-        if windows is None or image is None:
+        part = None if windows is None else self._linear_part(same, self.weight)
+        if windows is None or part is None:
             return None
         like = self.call.like
         sums = windows.up(size.unsqueeze(0)).squeeze(0)
         inverse = sums.clamp(min=torch.finfo(sums.dtype).tiny).reciprocal_().expand(like.shape)
         means = broadcast(mean_sizes(self.weight) * self.form.share, self.call.module, like).expand(like.shape)
         sums = sums.expand(like.shape)
-        factor, other = image.memory(), torch.empty_like(image.values)
+        factor, other = part.memory(), torch.empty_like(part.values)
         for at in blocks_for(like):
-            self._conserve(at, image.values[at], sums[at] * means[at], inverse[at], (factor[at], other[at]))
+            self._conserve(at, part.values[at], sums[at] * means[at], inverse[at], (factor[at], other[at]))
         ones = self.weight.new_ones(()).expand(self.weight.shape)
         first, second = self.rule.input_modifiers
         return [
-            self._branch(same, factor, image.maps, self.weight, first),
+            self._branch(same, factor, part.linear_map, self.weight, first),
             self._branch(size, other, windows, ones, second),
         ], self.writer.columns()
 
-    def _conserve(self, at: Block, image: Tensor, least: Tensor, inverse: Tensor, out: tuple[Tensor, Tensor]) -> None:
-        size = image.abs()
+    def _conserve(self, at: Block, part: Tensor, least: Tensor, inverse: Tensor, out: tuple[Tensor, Tensor]) -> None:
+        size = part.abs()
         total = torch.maximum(least, size, out=least)
         taken = torch.sub(total, size, out=size)
         eps = self.form.epsilon
@@ -223,5 +223,5 @@ class _Reader:
             scaled = (total + eps).reciprocal_()
             gain = self.writer.gain(at, total.mul_(scaled))
             scaled = scaled if gain is None else scaled.mul_(gain)
-        torch.sign(image, out=out[0]).mul_(scaled)
+        torch.sign(part, out=out[0]).mul_(scaled)
         torch.mul(taken.mul_(scaled), inverse, out=out[1])

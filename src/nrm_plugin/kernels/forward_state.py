@@ -20,7 +20,7 @@ from ..model.shapes_without_values import PLAIN
 
 
 class Saved:
-    """Tensor that a step needs in the backward pass, protected from later in-place operations.
+    """Tensor that a step (call with a kernel) needs in the backward pass, protected from later in-place operations.
 
     Args:
         tensor: The tensor to save.
@@ -107,8 +107,8 @@ class _Running(threading.local):
         saved: Weak references to the tensors saved by steps, keyed by storage address.
         listener: The object that is notified of every step and tap.
         weights: The parameters of the model that require a gradient outside this pass.
-        first_node: Sequence number of the first autograd node of this pass, or None without a listener.
-        given: Ids of the parameters among the inputs of the model, used without a listener.
+        first_node: Sequence number of the first autograd node of this pass, or None if there is no listener.
+        given: Ids of the parameters among the inputs of the model, used if there is no listener.
         made: The leaf tensors created by the model, keyed by ``id()``, or None if they can receive relevance.
         depending: Whether each autograd node visited in this pass depends on an input of the model.
         renormalized: The embedding tables that torch would have renormalized in this pass, keyed by ``id()``.
@@ -130,7 +130,7 @@ class _Running(threading.local):
 
 
 class Listener(Protocol):
-    """Interface of objects that are notified of the steps and functions of a forward pass.
+    """Interface of objects that are notified of the steps (calls with a kernel) and functions of a forward pass.
 
     Attributes:
         indices: The integer inputs, as the tensor objects that are passed to the model.
@@ -178,7 +178,7 @@ def is_in_module_step() -> bool:
 
 
 class not_recorded:  # noqa: N801  # a class, since entering a generator-based context takes three times as long
-    """Context manager in which operations are not recorded as steps."""
+    """Context manager in which operations are computed but do not become steps of the recording."""
 
     __slots__ = ()
 

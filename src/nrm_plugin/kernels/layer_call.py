@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ Run = Callable[[nn.Module, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Image:
-    """Output of a layer without its bias.
+    """Linear part of the output of a layer, without its bias.
 
     Attributes:
         saved: The output without bias, of shape ``(N, *out)``.
@@ -47,7 +47,7 @@ class LayerCall:
         like: An expanded scalar of the same shape as the output, ``(N, *out)``.
         name: Layer name, for error messages.
         saved_output: The output, or None if the rule does not read it or fusion has changed the layer.
-        image: The output without bias, if the hook recorded it.
+        image: The linear part of the output (without bias), if the hook recorded it.
         precision: The dtype in which the layer multiplies by its weight if less precise than the input, or None.
     """
 
@@ -59,7 +59,7 @@ class LayerCall:
     name: str
     saved_output: Saved | None = None
     image: Image | None = None
-    precision: torch.dtype | None = field(default_factory=current)
+    precision: torch.dtype | None = None
 
     @classmethod
     def of(
@@ -75,7 +75,8 @@ class LayerCall:
         """Creates the record of a call, saving only the tensors that the rule reads."""
         saved_output = Saved(output) if _reads_output(rule) else None
         # The output itself is linked to a step, so storing it would create a reference cycle.
-        return cls(rule, module, run, saved_input, shape_like(output), name, saved_output, image)
+        like = shape_like(output)
+        return cls(rule, module, run, saved_input, like, name, saved_output, image, current(output.device))
 
     @property
     def input(self) -> Tensor:

@@ -21,7 +21,7 @@ from .step import Step
 
 
 class LayerStep(Step):
-    """Step of a layer: a node of the computation graph that represents one call.
+    """One call of a layer with a rule, as a node of the computation graph (step).
 
     Args:
         layer_call: The record of the call.
@@ -32,10 +32,10 @@ class LayerStep(Step):
 
     Attributes:
         layer_call: The record of the call, including the parameters and the input set by fusion.
-        folds: Deferred fusions, applied before the kernel is constructed.
+        folds: Fusions with batch normalizations, applied just before the kernel is constructed.
         norms: The batch-norm layers that read the output of the layer.
         layer_below: For a batch normalization, the layer step whose output it reads.
-        feeds_fold: Whether the layer above may be fused with this step and would then read the input of this step.
+        feeds_fold: Whether the layer above may be fused with this one and would then read the input of this one.
         has_dense_norm: Whether a linear layer and a batch normalization were fused in this step.
     """
 

@@ -21,8 +21,9 @@ class Mapper:
     """Gradient mapper that multiplies the relevance of each branch elementwise by a factor.
 
     Attributes:
-        leaders: Index of the first branch with the same factor, for each branch.
-        factors: Function that returns the factors of the requested leaders, given the outputs of all branches.
+        leaders: For each branch, index of the first branch with the same factor (its leader). A factor is computed once
+            for all branches with the same leader.
+        factors: Function that returns the factors of the given leaders, given the outputs of all branches.
         is_local: Whether each element of a factor depends only on the same element of the outputs.
     """
 

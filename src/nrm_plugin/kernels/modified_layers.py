@@ -1,4 +1,4 @@
-"""Evaluation of the modified layers of a rule at its modified inputs."""
+"""Evaluation of a layer whose parameters a rule has modified, at an input that the rule has modified."""
 
 from __future__ import annotations
 
@@ -28,35 +28,36 @@ LARGE = 1 << 22
 
 @dataclass
 class ModifiedLayer:
-    """Output and linear map of a modified layer at its modified input.
+    """Output and linear map of a layer with modified parameters, evaluated at the modified input.
 
     Attributes:
-        image: The output without bias, or a scalar if all its elements are equal.
+        linear_part: The linear part of the output (without bias), or a scalar if all its elements are equal.
         bias: The bias, in a shape that broadcasts against the output.
-        maps: The linear map, or None if the input is zero or only the output is needed.
+        linear_map: Multiplication by the modified weight, and its transpose, or None if the input is zero or only the
+            output is needed.
         weight: Function that computes the modified weight.
-        is_own: Whether ``image`` may be overwritten because no other computation reads it.
+        is_own: Whether ``linear_part`` may be overwritten because no other computation reads it.
     """
 
-    image: Tensor
+    linear_part: Tensor
     bias: Tensor | None = None
-    maps: LinearMap | None = None
+    linear_map: LinearMap | None = None
     weight: Callable[[], Tensor] | None = None
     is_own: bool = False
 
     def output(self, at: Block, shape: torch.Size) -> Tensor:
         """Returns one block of the output with bias. The whole output has shape ``shape``."""
-        image = self.image.expand(shape)[at]
+        part = self.linear_part.expand(shape)[at]
         if self.bias is None:
-            return image
+            return part
         bias = self.bias.expand(shape)[at]
-        return image + bias if self.image.ndim or bool(self.image) else bias
+        return part + bias if self.linear_part.ndim or bool(self.linear_part) else bias
 
     def memory(self, like: Tensor) -> Tensor:
-        """Returns memory for a factor with the shape of ``like``. Reuses the image if possible."""
-        if not all(self.image.stride()) or self.image.shape != like.shape:
+        """Returns memory for a factor with the shape of ``like``. Reuses ``linear_part`` if possible."""
+        if not all(self.linear_part.stride()) or self.linear_part.shape != like.shape:
             return torch.empty_like(like)
-        return self.image if self.is_own else torch.empty_like(self.image)
+        return self.linear_part if self.is_own else torch.empty_like(self.linear_part)
 
 
 def modified_layer(call: LayerCall, modify: ParamMod, source: Tensor, sign: float) -> ModifiedLayer:
@@ -86,28 +87,28 @@ def _modified(call: LayerCall, modified: nn.Module, source: Tensor, sign: float)
     if is_zero(source):
         return ModifiedLayer(call.like.new_zeros(()), added)
     if weight is None:
-        maps, image = recorded_maps(lambda values: call.run(call.module, values), source)
-        return ModifiedLayer(image, added, maps)
+        linear_map, part = recorded_maps(lambda values: call.run(call.module, values), source)
+        return ModifiedLayer(part, added, linear_map)
     matrix = weight.detach()
     explicit = _explicit_maps(call, modified, matrix, source)
     if explicit is None:
         rerun = rerun_without_bias(call.module, call.run)
-        maps, image = recorded_maps(lambda values: rerun(values, matrix), source)
-        return ModifiedLayer(image, added, maps, lambda: matrix, is_own=True)
+        linear_map, part = recorded_maps(lambda values: rerun(values, matrix), source)
+        return ModifiedLayer(part, added, linear_map, lambda: matrix, is_own=True)
     seen = call.image
     if seen is not None and source is call.input and data_address(matrix) == data_address(seen.weight):
         # Without a bias, this is the output of the layer, which other steps read.
         return ModifiedLayer(seen.saved.tensor, added, explicit, lambda: matrix, is_own=bias is not None)
-    image = explicit.up(source.unsqueeze(0)).squeeze(0)
-    return ModifiedLayer(image, added, explicit, lambda: matrix, is_own=True)
+    part = explicit.up(source.unsqueeze(0)).squeeze(0)
+    return ModifiedLayer(part, added, explicit, lambda: matrix, is_own=True)
 
 
 def _explicit_maps(call: LayerCall, modified: nn.Module, matrix: Tensor, source: Tensor) -> LinearMap | None:
     short = _shorter_format(call, source)
     if short is None:
         return explicit_maps(twin_of(modified), matrix, source)
-    maps = explicit_maps(twin_of(modified), matrix.to(short), source)
-    return None if maps is None else lowered(maps, short)
+    linear_map = explicit_maps(twin_of(modified), matrix.to(short), source)
+    return None if linear_map is None else lowered(linear_map, short)
 
 
 def _shorter_format(call: LayerCall, source: Tensor) -> torch.dtype | None:
@@ -145,11 +146,11 @@ def _by_blocks(call: LayerCall, modify: ParamMod, source: Tensor) -> ModifiedLay
 
     short = _shorter_format(call, source)
     if short is None:
-        maps = blocked_maps(matrix, modifier)
+        linear_map = blocked_maps(matrix, modifier)
     else:
-        maps = lowered(blocked_maps(matrix, lambda rows: modifier(rows).to(short)), short)
-    image = maps.up(source.unsqueeze(0)).squeeze(0)
-    return ModifiedLayer(image, added, maps, lambda: modifier(matrix))
+        linear_map = lowered(blocked_maps(matrix, lambda rows: modifier(rows).to(short)), short)
+    part = linear_map.up(source.unsqueeze(0)).squeeze(0)
+    return ModifiedLayer(part, added, linear_map, lambda: modifier(matrix))
 
 
 def _share_memory(some: dict[str, Any], others: dict[str, Any]) -> bool:

@@ -149,7 +149,7 @@ class Normalization:
 
 
 class Columns(ABC):
-    """Base class for the columns of a branch kernel, represented by their sums or their deficits."""
+    """Column sums of a kernel or, if the kernel is normalized, the fraction of each column that the sink absorbs."""
 
     @abstractmethod
     def joined(self, other: Self) -> Self:
@@ -179,7 +179,7 @@ class ColumnSums(Columns):
 
 @dataclass(frozen=True)
 class Deficit(Columns):
-    """Per-column deficit of a normalized kernel.
+    """Deficit of each column of a normalized kernel: the fraction of its relevance that the sink absorbs.
 
     Attributes:
         share: Fraction of each column absorbed by the sink, of shape ``(N, *out)``, or None if all are zero.
@@ -197,7 +197,7 @@ class Deficit(Columns):
 
 
 class ColumnWriter:
-    """Writer that accumulates the columns of a kernel block by block and computes the gain of each block.
+    """Accumulates the column sums of a kernel block by block and computes the gain of each block.
 
     Args:
         like: A tensor with the shape of the output.
@@ -212,7 +212,7 @@ class ColumnWriter:
         """Stores the columns of one block and returns their gains ``g(c)``, or None if all gains are one.
 
         Args:
-            at: The block.
+            at: The block of columns.
             column_sum: ``c`` in the block, or None if all sums are one.
         """
         if self._normalization is None:

@@ -28,11 +28,11 @@ neuron are divided by it. It lies midway between the rounding error and the smal
 
 
 class Difference:
-    """Difference between a tensor and its reference.
+    """Difference between a tensor and the same tensor at the reference, without zeros, so that it can be a divisor.
 
     Args:
-        delta: The difference ``δ``; no element is zero, see :func:`difference`.
-        has_zeros: Whether elements of the difference may be zero up to the offset :data:`LEAST`.
+        delta: The difference ``δ``, in which :func:`difference` has replaced zeros by the tiny number :data:`LEAST`.
+        has_zeros: Whether elements of the difference may have been zero.
 
     Attributes:
         delta: The difference ``δ``, as passed.
@@ -69,7 +69,7 @@ class ReferenceCall:
 
     Attributes:
         name: Name of the function.
-        where: Path of the calling module.
+        where: Name of the module that called the function.
         tensors: The inputs and outputs of the call that depend on the reference.
         constants: All other arguments, with tensors as :class:`Saved`.
     """
@@ -81,14 +81,14 @@ class ReferenceCall:
 
 
 class ReferencePass:
-    """Sequence of function calls in the forward pass on the reference.
+    """Forward pass on the reference (baseline) input, stored as a sequence of function calls.
 
     The calls are stored during the forward pass on the reference. After :meth:`replay`, they are compared with the
     calls in the forward pass on the inputs, and an error is raised where the two passes differ.
 
     Args:
         is_tangent: Whether slopes are derivatives at the input instead of secants.
-        is_wanted: Function that returns True if the tensors of the next step are needed; otherwise, only their shapes
+        is_wanted: Function that returns True if the tensors of the next call are needed; otherwise, only their shapes
             are stored.
     """
 
@@ -130,7 +130,7 @@ class ReferencePass:
 
         Args:
             name: Name of the function.
-            where: Path of the calling module.
+            where: Name of the module that called the function.
             tensors: The tensors that depend on the inputs.
             constants: All other arguments.
 

@@ -14,13 +14,14 @@ from ..model.linear_maps import LinearMap, side_by_side
 
 @dataclass
 class Branch:
-    r"""Branch ``k`` of a rule for one call.
+    r"""Branch ``k`` of a rule for one call: one term of the sum that defines the rule.
 
     Attributes:
         source: ``in_k``, of shape ``(N, *in)``, or the input from which it is computed.
-        factor: ``m_k(1)``, of shape ``(N, *out)``, multiplied by the gain if the kernel is normalized.
+        factor: ``m_k(1)``, by which the gradient mapper multiplies relevance, of shape ``(N, *out)``, multiplied by the
+            gain if the kernel is normalized.
         sign: ``ρ_k`` in :math:`\mathrm{reducer} = \sum_k \rho_k\, in_k \odot g_k`.
-        maps: :math:`J_k` and its transpose.
+        linear_map: :math:`J_k`, multiplication by the modified weight, and its transpose.
         modified: Function that computes the modified weight, or None for a module without weights.
         modify_input: Function that computes ``in_k`` from ``source``, or None if ``source`` is ``in_k``.
     """
@@ -28,7 +29,7 @@ class Branch:
     source: Tensor
     factor: Tensor
     sign: float
-    maps: LinearMap
+    linear_map: LinearMap
     modified: Callable[[], Tensor] | None = None
     modify_input: Callable[[Tensor], Tensor] | None = None
 
@@ -45,11 +46,11 @@ class Branch:
 
     def pull(self, relevance: Tensor) -> Tensor:
         """Propagates relevance from the output, of shape ``(K, N, *out)``, to the input, of shape ``(K, N, *in)``."""
-        return _signed(self.sign, _times(self.maps.down(self.factor * relevance), self.input))
+        return _signed(self.sign, _times(self.linear_map.down(self.factor * relevance), self.input))
 
     def push(self, values: Tensor) -> Tensor:
         """Applies the transpose of :meth:`pull`, from shape ``(K, N, *in)`` to ``(K, N, *out)``."""
-        return _signed(self.sign, self.factor * self.maps.up(self.input * values))
+        return _signed(self.sign, self.factor * self.linear_map.up(self.input * values))
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class WeightedLayer:
 
 def pull_together(branches: list[Branch], relevance: Tensor) -> Tensor:
     """Propagates relevance through branches with the same factor, in a single convolution if possible."""
-    down = side_by_side([branch.maps for branch in branches]) if len(branches) > 1 else None
+    down = side_by_side([branch.linear_map for branch in branches]) if len(branches) > 1 else None
     if down is None:
         return functools.reduce(torch.add, (branch.pull(relevance) for branch in branches))
     inputs = torch.stack([_signed(branch.sign, branch.input) for branch in branches], 1)

@@ -1,4 +1,4 @@
-"""Kernels of rules on affine layers, as sums over branches."""
+"""Kernels of rules on affine layers, as sums over branches (pairs of a modified input and a modified layer)."""
 
 from __future__ import annotations
 

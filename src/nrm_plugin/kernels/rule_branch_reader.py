@@ -1,4 +1,4 @@
-"""Decomposition of a rule into branches for one call of an affine layer."""
+"""Decomposition of a rule into branches (terms of its sum) for one call of an affine layer."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _weighted_layer(call: LayerCall) -> WeightedLayer | None:
 
 @dataclass(frozen=True)
 class _BranchReader:
-    """Reader of a rule's branches for one call.
+    """Computes the branches of a rule for one call of a layer.
 
     Attributes:
         call: The recorded call of the layer.
@@ -108,7 +108,7 @@ class _BranchReader:
         mapper = closed_mapper(self.rule) or applied_mapper(self.rule, outputs, output)
         if mapper is None:
             return None
-        maps = {k: layers[k].maps for k in chosen if self.signs[k] != 0}
+        maps = {k: layers[k].linear_map for k in chosen if self.signs[k] != 0}
         leaders = _leaders(mapper, [k for k, known in maps.items() if known is not None])
         factors = {leader: layers[leader].memory(output) for leader in dict.fromkeys(leaders.values())}
         columns = self._write(factors, self._column_blocks(layers, mapper, leaders, outputs))
@@ -152,7 +152,7 @@ class _BranchReader:
         for at in blocks_for(output) if mapper.is_local else [whole(output)]:
             mapped = mapper.factors(outputs(at), wanted)
             factors = {k: torch.nan_to_num(mapped[mapper.leaders[k]], 0, 0, 0) for k in distinct}
-            terms = [(factors[leader], layers[k].image[at], self.signs[k]) for k, leader in leaders.items()]
+            terms = [(factors[leader], layers[k].linear_part[at], self.signs[k]) for k, leader in leaders.items()]
             yield _ColumnBlock(at, factors, _signed_sum(terms, output[at]))
 
     def _write(self, factors: dict[int, Tensor], read: Iterator[_ColumnBlock]) -> Columns:

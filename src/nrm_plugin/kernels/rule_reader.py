@@ -15,6 +15,7 @@ from zennit.core import BasicHook, Hook, ParamMod
 from zennit.rules import Pass
 
 from ..errors import NonlinearRuleError, UnsupportedRuleError
+from ..model.autocast import current
 from ..model.trace_guards import audit
 from .base import IdentityKernel, Kernel
 from .forward_state import Saved
@@ -68,7 +69,8 @@ def read_rule_at(rule: Hook, module: nn.Module, inputs: Tensor, name: str) -> Ke
         output = module.forward(inputs)
     # No forward pass is in progress that could overwrite these tensors.
     saved = Saved(inputs, values=False), Saved(output, values=False)
-    return read_rule(LayerCall(own_copy(rule), module, forward, saved[0], shape_like(output), name, saved[1]))
+    like, precision = shape_like(output), current(output.device)
+    return read_rule(LayerCall(own_copy(rule), module, forward, saved[0], like, name, saved[1], precision=precision))
 
 
 def check_linear(kernel: Kernel, call: LayerCall) -> None:

@@ -24,16 +24,17 @@ from .rule_branch_kernel import BranchKernel
 
 
 class Holder(Protocol):
-    """Interface of objects that recompute the freed tensors of a step."""
+    """Interface of objects that run the model again to recompute the freed tensors of a step (call with a kernel)."""
 
     def fill(self, step: Step) -> None:
         """Recomputes the tensors of a step. They remain available until the tensors of another step are requested."""
 
 
 class Step(ABC):
-    r"""Call of a module or function, with its normalized kernel.
+    r"""Call of a module or function, as a node of the computation graph with a normalized kernel.
 
-    The kernel is :math:`\tilde T_{ij} = g(c_j) T_{ij}`, and the sink absorbs :math:`R_j (1 - g(c_j) c_j)`.
+    The kernel is the linear map by which the call propagates relevance, :math:`\tilde T_{ij} = g(c_j) T_{ij}`, and the
+    sink absorbs :math:`R_j (1 - g(c_j) c_j)`.
 
     Args:
         name: Name of the layer or function.
@@ -50,8 +51,8 @@ class Step(ABC):
         uses: Number of known consumers of the output.
         attention: Layout of heads and tokens, if the step multiplies attention weights by values.
         keeps_rows: Whether each row of the output is known to depend only on the same row of the inputs.
-        joined: Lower steps whose tensors the kernel may read.
-        holder: Object that recomputes the tensors of the step after :meth:`empty`, or None if they are never freed.
+        joined: Steps closer to the input whose tensors the kernel may read.
+        holder: Object that recomputes the tensors of the step after they were freed, or None if they are never freed.
         number: Index of the step in the holder.
     """
 
@@ -132,7 +133,7 @@ class Step(ABC):
         return self._scaling_for(relevance).gain
 
     def pull(self, relevance: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """Propagates relevance from the output, of shape ``(K, N, *out)``, to the inputs and the sink.
+        """Propagates relevance of shape ``(K, N, *out)`` from the output to the inputs and the sink.
 
         Returns:
             The relevance at each input, of shape ``(K, N, *in)``, in any dtype; and the fraction absorbed by the sink,
@@ -213,7 +214,7 @@ def _scaled(relevance: Tensor, gain: Tensor | None) -> Tensor:
 
 
 class FunctionStep(Step):
-    """Step of a function call.
+    """Call of a function, as a node of the computation graph with a normalized kernel.
 
     Args:
         name: Name of the function.
@@ -247,7 +248,7 @@ class FunctionStep(Step):
 
 
 class Link(torch.autograd.Function):
-    """Autograd function that links the output of a step to its inputs and whose gradient is the relevance."""
+    """Autograd function that links the output of a layer or function to its inputs; its gradient is relevance."""
 
     @staticmethod
     def forward(ctx: Any, step: Step, holder: list[Any], *inputs: Tensor) -> Tensor:
@@ -307,7 +308,7 @@ def step_of(node: Any) -> Step | None:
 
 def _propagated(ctx: Any, relevance: Tensor) -> tuple[Tensor, ...]:
     """Returns the relevance at each input. With ``create_graph=True``, it is attached to the origin of the kernel."""
-    with exact(relevance.device):
+    with exact():
         parts, _ = ctx.step.pull(relevance.unsqueeze(0).to(ctx.step.dtype))
     rows = tuple(part.squeeze(0) for part in parts)
     if ctx.origin is None or not torch.is_grad_enabled():  # without create_graph=True
@@ -322,10 +323,11 @@ def _origin_of(*inputs: Tensor) -> Tensor | None:
 
 
 class Origin(torch.autograd.Function):
-    """Zero tensor that depends on the tensors behind a kernel and raises an error when it is differentiated.
+    """Autograd function that returns zero and raises an error when it is differentiated.
 
-    Autograd treats kernels as constants. This zero is added to the relevance. Differentiating relevance then raises an
-    error where the gradient would otherwise be zero or incomplete.
+    A kernel depends on weights and activations, but autograd treats it as a constant. A zero that depends on the same
+    tensors is therefore added to the relevance. Differentiating relevance then raises an error where the gradient would
+    otherwise be zero or incomplete.
     """
 
     generate_vmap_rule = True

@@ -54,7 +54,7 @@ class SeparateBias(TorchFunctionMode):
     def _run(
         self, func: Callable[..., Any], source: Tensor, weight: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        short = current()
+        short = current(weight.device)
         if short is None or source.dtype != torch.float32:
             return func(source, weight, None, *rest, **kwargs).detach()  # type: ignore[no-any-return]
         return func(source.to(short), weight.to(short), None, *rest, **kwargs).to(source.dtype)  # type: ignore[no-any-return]
@@ -79,11 +79,17 @@ def mode_for(module: nn.Module, rule: Hook) -> Mode | None:
         return None
     if is_affine(module) and _is_rounded(module):  # the output is rounded, so no exact output without bias exists
         return None
-    if is_affine(module) and (reads_image(rule) or (current() is not None and isinstance(module, WEIGHTED))):
+    if is_affine(module) and (reads_image(rule) or (isinstance(module, WEIGHTED) and _is_shortened(module))):
         return SeparateBias(module)
     if is_own_layer(module) and is_by_modifiers(rule):
         return WeightRecorder()
     return OutOfPlace() if is_torch_activation(module) and getattr(module, "inplace", False) else None
+
+
+def _is_shortened(layer: nn.Module) -> bool:
+    """Returns True if a layer runs in the dtype of an autocast around the measure."""
+    weight = layer._parameters.get("weight")
+    return weight is not None and current(weight.device) is not None
 
 
 def _is_rounded(layer: nn.Module) -> bool:

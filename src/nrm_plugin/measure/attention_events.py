@@ -1,4 +1,4 @@
-"""Conversion of attention heads, tokens and query-key pairs into events over the taps of a recording."""
+"""Conversion of events on attention heads, tokens and query-key pairs into events on recorded tensors (taps)."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from ..events.event import Absorbed, All, Any_, Atom, Attended, Event, at
 from ..events.neuron_index import Index, show
 from ..functional.attention import Layout
 from ..kernels.step import Step
+from ..recording.head_dims import head_dim
 from ..recording.module_names import OUTPUT
 from ..recording.recording import Recording
 from ..recording.transformer_sites import PART
 
 
 def plain(atom: Atom | Absorbed | Attended, recording: Recording) -> Event:
-    """Rewrites an attention event as an event over taps and returns other events unchanged.
+    """Rewrites an event on attention pairs as an equivalent event over taps (hook points).
+
+    Other events are returned unchanged.
 
     A walk through a pair (query, key) crosses the attention output at the query token and then the values at the key
     token (or the attention weights, if the rule propagates relevance to them). It stays within one head.
 
     Raises:
-        EventError: If the layer does not compute exactly one attention, or if the head or token does not exist.
-        UnknownLayerError: If no layer has this name.
+        EventError: If the layer does not call attention exactly once, or if the head or token does not exist.
+        UnknownLayerError: If the event names a layer that does not exist.
     """
     if isinstance(atom, Atom):
         atom = _part(atom, recording)
@@ -40,10 +43,10 @@ def head_count(recording: Recording, layer: str) -> int | None:
     step = next((s for s in steps if s.name == name and s.call in calls and s.attention is not None), None)
     if step is None:
         return None
-    shared = step.attention.shared
-    if len(shared) > 1 or (shared and not recording.samples.batched):
-        return int(step.shape[shared[-1]])
-    return _count_of_heads(step, step.shape[shared[0]] if shared else 1, recording)
+    dim = _head_dim(step, recording)
+    if dim is not None and not _is_of_samples(step, dim, recording):
+        return int(step.shape[dim])
+    return _count_of_heads(step, step.shape[dim] if dim is not None else 1, recording)
 
 
 def _part(atom: Atom, recording: Recording) -> Atom | Attended:
@@ -84,10 +87,10 @@ def _event(atom: Attended, step: Step, recording: Recording) -> Event:
 
 def _of_heads(atom: Attended, index: Index, step: Step, shape: torch.Size, recording: Recording) -> Tensor:
     """Returns a mask of the selected heads. Heads have their own dimension or share one with the samples."""
-    shared = step.attention.shared
-    rows = shape[shared[0]] if shared else 1
-    if len(shared) > 1 or (shared and not recording.samples.batched):
-        return _along(shape, shared[-1], _chosen(atom, "head", index, shape[shared[-1]]))
+    dim = _head_dim(step, recording)
+    rows = shape[dim] if dim is not None else 1
+    if dim is not None and not _is_of_samples(step, dim, recording):
+        return _along(shape, dim, _chosen(atom, "head", index, rows))
     count = _count_of_heads(step, rows, recording)
     if count is None:
         raise EventError(
@@ -95,7 +98,17 @@ def _of_heads(atom: Attended, index: Index, step: Step, shape: torch.Size, recor
             f"its dimension of {rows}. Construct a measure of one sample."
         )
     chosen = _chosen(atom, "head", index, count).repeat(rows // count)
-    return _along(shape, shared[0], chosen) if shared else chosen.reshape(())
+    return _along(shape, dim, chosen) if dim is not None else chosen.reshape(())
+
+
+def _head_dim(step: Step, recording: Recording) -> int | None:
+    vertices = recording.graph.vertices
+    return head_dim(recording.graph, next(n for n, vertex in enumerate(vertices) if vertex.step is step))
+
+
+def _is_of_samples(step: Step, dim: int, recording: Recording) -> bool:
+    """Returns True if the samples, too, are in a dimension."""
+    return bool(recording.samples.batched and dim == step.attention.shared[0])
 
 
 def _count_of_heads(step: Step, rows: int, recording: Recording) -> int | None:
@@ -106,7 +119,7 @@ def _count_of_heads(step: Step, rows: int, recording: Recording) -> int | None:
 
 
 def _chosen(atom: Attended, what: str, index: Index, count: int) -> Tensor:
-    """Returns a boolean mask of the selected heads or tokens, of shape ``(count,)``."""
+    """Returns a boolean mask of shape ``(count,)`` of the selected heads or tokens."""
     chosen = torch.zeros(count, dtype=torch.bool)
     try:
         chosen[index.value] = True

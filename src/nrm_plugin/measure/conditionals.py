@@ -1,4 +1,4 @@
-"""Conditional mass of an event given each neuron of a tap above it, from one transposed pass (from the inputs upwards).
+"""Conditional mass of an event given each neuron of a tap above it, from one transposed pass (from the inputs upward).
 
 Source: docs/measure.md.
 """
@@ -16,20 +16,22 @@ from ..events.event import Event
 from ..recording.places import Buffer, Edge, Place
 from ..recording.propagation import Cost
 from ..recording.taps import Tap
-from .event_diagram import FALSE, TRUE, DecisionDiagram
+from .decision_diagram import FALSE, TRUE, DecisionDiagram
 from .layer_taps import is_below
 from .masked_vectors import masked
 
 
 class Conditionals:
-    """Transposed pass that computes ``μ(event given j)`` for every neuron ``j`` of each tap.
+    """Upward pass that computes ``μ(event given j)`` for every neuron ``j`` of each tap (named tensor).
 
-    Values are propagated upwards, starting at the vertices that decide whether a walk belongs to the event.
+    Conditional masses are propagated from the inputs upward through the recorded graph, by transposed kernels. A
+    decision diagram states what remains to be decided about a walk; there is one mass per neuron and undecided node of
+    the diagram. The pass starts at the vertices of the graph that decide whether a walk belongs to the event.
 
     Args:
         diagram: The decision diagram for the events.
-        places: The taps at which conditional masses are required.
-        nodes: The diagram nodes that a walk can reach by crossing a tap.
+        places: Taps at which to compute conditional masses.
+        nodes: The nodes of the diagram that a walk can reach by crossing one of these taps.
         like: A tensor with the same dtype as the relevance.
     """
 
@@ -42,7 +44,7 @@ class Conditionals:
             self._push(vertex, sorted(needed[vertex]))
 
     def value(self, place: Place, node: int) -> Tensor:
-        """Returns the conditional mass of a diagram node given each neuron of one tap, of shape ``(N, *shape)``."""
+        """Returns the conditional mass of a diagram node given each neuron of one tap, in shape ``(N, *shape)``."""
         if isinstance(place, Buffer):
             value, shape = self._after(place, node), self.graph.shape(place)
         else:

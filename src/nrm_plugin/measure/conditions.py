@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import CancellationError, EventError, NullEventError, brief, samples
 from ..events.event import Event
+from ..model.devices import by_sample
 
 MIN_RATIO = {torch.float32: 1e-3, torch.float64: 1e-8}
 """Smallest accepted divisor ``|μ(B)|``, relative to the variation of ``B``, keyed by dtype."""
@@ -52,7 +53,7 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
     """Raises an error if ``μ(· | event)`` is undefined or numerically unstable.
 
     Args:
-        event: The condition.
+        event: The event to condition on.
         mass: Mass of the event, of shape ``(N,)``.
         variation: Variation of the event, of shape ``(N,)``.
         min_ratio: Smallest accepted ratio of ``|mass|`` to the variation, or None for the default of the dtype.
@@ -86,5 +87,5 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
 
 
 def divided(values: Tensor, mass: Tensor) -> Tensor:
-    """Divides relevance at a tap, of shape ``(N, *shape)``, by one mass per sample, of shape ``(N,)``."""
-    return values / mass.to(values.device).reshape(-1, *(1,) * (values.ndim - 1))
+    """Divides relevance of shape ``(N, *shape)`` at a tap by one mass per sample, given in shape ``(N,)``."""
+    return values / by_sample(mass, values)

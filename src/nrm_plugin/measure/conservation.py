@@ -1,7 +1,7 @@
-"""Sink, bypass and variation of each tap, computed from the totals of a pass.
+"""Sink, bypass and variation of each tap (named tensor), computed from the sums accumulated in one pass.
 
-At each tap, ``mass + sink + bypass = 1``. The three terms are accumulated independently, so their sum is a check of the
-computation.
+The sink is the relevance absorbed above the tap, and the bypass that of walks around it. At each tap, ``mass + sink +
+bypass = 1``. The three terms are accumulated independently, so their sum is a check of the computation.
 
 Source: docs/measure.md.
 """
@@ -31,7 +31,7 @@ def check_kind(kind: object) -> None:
 
 
 def absorbed(totals: Totals, taps: Sequence[Tap], kind: Kind | None = None, absolute: bool = False) -> Tensor:
-    """Returns the mass absorbed above at least one of the taps, of shape ``(N,)``.
+    """Returns the mass absorbed above at least one of the taps, as a tensor of shape ``(N,)``.
 
     Args:
         totals: The totals of a pass.
@@ -54,7 +54,7 @@ def absorbed(totals: Totals, taps: Sequence[Tap], kind: Kind | None = None, abso
 
 
 def bypassing(totals: Totals, tap: Tap) -> Tensor:
-    """Returns the mass of the walks that neither cross a tap nor are absorbed above it, of shape ``(N,)``."""
+    """Returns the mass of the walks that neither cross a tap nor are absorbed above it, for each sample."""
     recording = totals.recording
     if not is_reached(recording, tap):
         return recording.samples.checked_sums(totals.start, "the output", recording.graph.output)
@@ -68,7 +68,7 @@ def bypassing(totals: Totals, tap: Tap) -> Tensor:
 
 
 def step_sinks(totals: Totals, kind: Kind | None = None) -> dict[str, Tensor]:
-    """Returns the mass absorbed in each step, of shape ``(N,)``, keyed by step name."""
+    """Returns the mass absorbed in each step, as tensors of shape ``(N,)``, keyed by step name."""
     check_kind(kind)
     recording = totals.recording
     sinks: dict[str, Tensor] = {}
@@ -81,14 +81,14 @@ def step_sinks(totals: Totals, kind: Kind | None = None) -> dict[str, Tensor]:
 
 
 def tap_variation(totals: Totals, tap: Tap) -> Tensor:
-    """Computes the tap variation ``Σ_j |μ(j)| + Σ|absorbed above| + |bypass|``, of shape ``(N,)``."""
+    """Computes the tap variation ``Σ_j |μ(j)| + Σ|absorbed above| + |bypass|`` of each sample."""
     recording = totals.recording
     crossing = checked(recording, totals.absolute.get(tap.place), "the tap") if is_reached(recording, tap) else 0
     return crossing + absorbed(totals, [tap], absolute=True) + bypassing(totals, tap).abs()
 
 
 def walk_variation(absolute: Totals, signed: Totals | None) -> Tensor:
-    """Computes the walk variation ``Σ_w |μ(w)|``, of shape ``(N,)``.
+    """Computes the walk variation ``Σ_w |μ(w)|`` of each sample.
 
     Args:
         absolute: Totals of a pass with the absolute values of all kernels.
@@ -113,7 +113,7 @@ def walk_variation(absolute: Totals, signed: Totals | None) -> Tensor:
 
 
 def surviving_mass(totals: Totals) -> Tensor:
-    """Returns the mass of the walks that end at an input, of shape ``(N,)``."""
+    """Returns the mass of the walks that end at an input, for each sample."""
     recording = totals.recording
     ends, total = _last_vertices(recording), totals.start.new_zeros(recording.samples.count)
     for place, mass in totals.mass.items():

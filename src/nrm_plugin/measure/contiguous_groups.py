@@ -43,7 +43,7 @@ def connected_parts(labels: Tensor, members: Tensor, weights: Tensor) -> Tensor:
 
 
 def _borders(members: Tensor, count: int) -> Tensor:
-    """Returns the border length between each pair of members, in pixels, of shape ``(count, count)``."""
+    """Returns the border length between each pair of members, in pixels, as a matrix of shape ``(count, count)``."""
     pairs = [(members[1:], members[:-1]), (members[:, 1:], members[:, :-1])]
     one, other = (torch.cat([pair[side].flatten() for pair in pairs]) for side in (0, 1))
     borders = torch.bincount(one * count + other, minlength=count**2).reshape(count, count)

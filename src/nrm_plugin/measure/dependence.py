@@ -37,7 +37,7 @@ STILL = 1e-12
 
 
 def dependence(joint: Array) -> Array:
-    """Computes the dependence ``D`` between two layers, of shape ``(members, members below)``.
+    """Computes the dependence ``D`` between two layers as a matrix of shape ``(members, members below)``.
 
     Its rows and columns sum to 0. If the layers are independent up to rounding, the result is zero. For example, the
     output is independent of all other layers if the measure explains a single class.
@@ -71,9 +71,9 @@ def find_partitions(
 ) -> list[Labels]:
     """Finds partitions of all layers that preserve much of the dependence between consecutive layers.
 
-    The search starts from k-means clusters. Single members are then moved to the group that most increases the sum of κ
-    over the pairs, until no move increases it. The search is then restarted from the best partitions found so far, with
-    some members of one layer assigned to random groups.
+    The search starts from k-means clusters. Individual members (channels or positions) are then moved to the group that
+    most increases the retained fraction of dependence, summed over the pairs, until no move increases it. The search is
+    then restarted from the best partitions found so far, with some members of one layer assigned to random groups.
 
     Args:
         dependences: The dependence of each pair of consecutive layers, of shape ``(members, members below)``.

@@ -1,4 +1,8 @@
-"""Masses and maps of events, computed in one pass that follows the decision diagram of the events from tap to tap."""
+"""Masses and heat maps of events, computed in one pass from the output to the inputs.
+
+The pass propagates one relevance vector for each undecided node of a decision diagram, which states what remains to be
+decided about a walk.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from ..recording.propagation import Cost, Vectors, pull
 from ..recording.recording import Recording
 from .attention_events import plain
 from .conditionals import Conditionals
-from .event_diagram import FALSE, TRUE, DecisionDiagram
+from .decision_diagram import FALSE, TRUE, DecisionDiagram
 from .masked_vectors import add_to, masked
 from .memory_budget import in_chunks, width_of
 
@@ -26,12 +30,12 @@ Pairs = frozenset[Pair]
 
 @dataclass(frozen=True)
 class EventResult:
-    """Mass and variation of one event and its joint relevance with the neurons of stored taps.
+    """Mass and variation of one event, and its joint relevance with the neurons of selected layers.
 
     Attributes:
         mass: ``μ(event)``, of shape ``(N,)``.
-        variation: Σ|μ| over the neurons that decide membership in the event, of shape ``(N,)``.
-        maps: ``μ(j & event)`` at each stored tap, of shape ``(N, *shape)``.
+        variation: Σ|μ| over the neurons at which it is decided that walks belong to the event, of shape ``(N,)``.
+        maps: ``μ(j & event)`` for the neurons ``j`` of each selected layer, of shape ``(N, *shape)``.
     """
 
     mass: Tensor
@@ -40,7 +44,7 @@ class EventResult:
 
 
 class EventPass:
-    """Pass from the output to the inputs. Walks are dropped once it is decided which events contain them.
+    """Pass from the output to the inputs. A walk is followed no further once it is decided which events contain it.
 
     Args:
         diagram: The decision diagram for the events.
@@ -49,7 +53,7 @@ class EventPass:
 
     Attributes:
         mass: μ of each event, of shape ``(E, N)``.
-        variation: Σ|μ| over the neurons that decide membership in each event, of shape ``(E, N)``.
+        variation: Σ|μ| over the neurons at which it is decided that walks belong to each event, of shape ``(E, N)``.
     """
 
     def __init__(self, diagram: DecisionDiagram, start: Tensor, stored: Iterable[Place] = ()) -> None:
@@ -136,7 +140,7 @@ class EventPass:
         return EventResult(self.mass[event], self.variation[event], [self.map(place, event) for place in places])
 
     def map(self, place: Place, event: int) -> Tensor:
-        """Returns ``μ(j & event)`` for every neuron ``j`` of a stored tap, of shape ``(N, *shape)``."""
+        """Returns ``μ(j & event)`` for every neuron ``j`` of a stored tap, in shape ``(N, *shape)``."""
         tap = self.recording.taps.at(place)
         total = self.mass.new_zeros(tap.tensor_shape, device=self.recording.graph.device(place))
         arrived = {pair[1]: v for (at, pair), v in self.maps.items() if at == place and pair[0] == event}

@@ -19,7 +19,7 @@ from ..recording.recording import Recording
 
 
 class Measure(Protocol):
-    """Protocol for measures in which the source of non-finite relevance can be searched."""
+    """Protocol for the attributes of a measure that the search for non-finite relevance uses."""
 
     @property
     def _recording(self) -> Recording: ...
@@ -76,13 +76,15 @@ def source(recording: Recording, start: Tensor, is_absolute: bool = False) -> in
 
 
 class _FoundError(Exception):
+    """Raised to stop the pass at the first non-finite relevance."""
+
     def __init__(self, vertex: int) -> None:
         super().__init__(vertex)
         self.vertex = vertex
 
 
 class _Search:
-    """Visitor that stops the pass at the first non-finite relevance."""
+    """Callbacks of a pass that stop it at the first non-finite relevance."""
 
     def at_buffer(self, buffer: Buffer, vectors: Vectors[str]) -> Vectors[str]:
         return self._checked(buffer.vertex, vectors)

@@ -52,15 +52,16 @@ class Measure(Protocol):
 
 
 @dataclass(frozen=True)
-class Shown:
-    """Layer of a flow, with the groups that are shown.
+class DisplayedLayer:
+    """Layer of a flow graph, with the groups of neurons that the graph displays as nodes.
 
     Attributes:
-        atom: The tap.
-        layer: The layer of the graph.
-        labels: Index of the shown group of each neuron, or the number of shown groups for neurons of the rest.
-        has_all_channels: Whether all channels are shown. Their joint relevance might then take less than one pass per
-            channel.
+        atom: The event that a walk crosses the layer.
+        layer: The nodes of the layer in the graph, with their masses.
+        labels: Index of the displayed group of each neuron, or the number of displayed groups for neurons in no
+            displayed group.
+        has_all_channels: Whether the displayed groups are all channels. If so, their joint relevance may need fewer
+            passes than channels.
     """
 
     atom: Atom
@@ -94,7 +95,7 @@ def flow_graph(
     coverage: float | None = None,
     names: Mapping[str, Names] | None = None,
     sample: int | None = None,
-    joints: Callable[[Sequence[Shown]], Sequence[Tensor]] | None = None,
+    joints: Callable[[Sequence[DisplayedLayer]], Sequence[Tensor]] | None = None,
 ) -> FlowGraph:
     """Computes a flow graph from the marginals and the joint relevance of a measure.
 
@@ -206,7 +207,7 @@ def _for_layer(value: Any, layer: Any, default: Any) -> Any:
 
 def _shown(
     mu: Measure, layer: Any, tap: Tap, groups: Partition, masses: Array, thresholds: Thresholds, number: int
-) -> Shown:
+) -> DisplayedLayer:
     """Selects the groups of a layer that pass the thresholds.
 
     Args:
@@ -234,10 +235,10 @@ def _shown(
         bypass=float(mu.bypass(layer)[number]),
     )
     has_all_channels = groups.are_channels and shown == list(range(groups.count))
-    return Shown(atom_of(layer), flow_layer, positions[groups.labels], has_all_channels)
+    return DisplayedLayer(atom_of(layer), flow_layer, positions[groups.labels], has_all_channels)
 
 
-def _overs(shown: Sequence[Shown]) -> list[str | Tensor]:
+def _overs(shown: Sequence[DisplayedLayer]) -> list[str | Tensor]:
     """Returns the ``over`` argument of the joint query for each layer.
 
     If the layer and an adjacent one both show all channels, this is ``"channel"``, which takes fewer passes. Otherwise,
@@ -251,8 +252,8 @@ def _overs(shown: Sequence[Shown]) -> list[str | Tensor]:
     return overs
 
 
-def _joint(mu: Measure, upper: Shown, lower: Shown, matrix: Tensor, number: int) -> Array:
-    """Returns the joint relevance of two layers, including rest and off, of shape ``(K_upper + 2, K_lower + 2)``.
+def _joint(mu: Measure, upper: DisplayedLayer, lower: DisplayedLayer, matrix: Tensor, number: int) -> Array:
+    """Returns the joint relevance of two layers, including rest and off, in shape ``(K_upper + 2, K_lower + 2)``.
 
     The elements of off are computed by separate queries rather than as differences from the marginals.
     """

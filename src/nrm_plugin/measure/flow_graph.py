@@ -203,7 +203,7 @@ class FlowGraph:
         return cls(layers, joints, entries.get("carried"), str(entries.get("origin", "")))
 
     def to_networkx(self) -> Any:
-        """Converts the graph to a ``networkx.DiGraph`` with edges towards the input and masses as attributes.
+        """Converts the graph to a ``networkx.DiGraph`` with edges toward the input and masses as attributes.
 
         Raises:
             MissingExtraError: If networkx is not installed.

@@ -31,11 +31,11 @@ POSITIONS = 48
 
 
 class FlowPasses:
-    """Passes that compute the joint relevance between the nodes of a flow, for all pairs of layers.
+    """Computes the joint relevance between the nodes of a flow graph, for all pairs of layers, in one pass per layer.
 
     Args:
         mu: The measure whose flow is computed.
-        taps: The layers, from the output to the input.
+        taps: The recorded tensors of the layers, from the output to the input.
         labels: Node index of each neuron in each layer.
         maps: The tap whose positions form the heat maps, or None for no heat maps.
 
@@ -50,7 +50,7 @@ class FlowPasses:
         self.mu, self.taps = mu, list(taps)
         self.joints: dict[tuple[int, int], Tensor] = {}
         self.maps: dict[int, Tensor] = {}
-        self._labels = [one.to(mu._start.device) for one in labels]
+        self._labels = [one.to(mu._recording.graph.device(tap.place)) for one, tap in zip(labels, taps, strict=True)]
         self._map_tap = maps
         self._stop = _stop(mu, self.taps, maps)
         totals = mu._pass([*taps, self._stop])
@@ -89,7 +89,7 @@ class FlowPasses:
         return next((values for one, values in known if one.place == tap.place), self._at_stop)
 
     def _nodes(self, number: int) -> Tensor:
-        """Returns the relevance of a layer, restricted to each of its nodes, of shape ``(K, N, *shape)``."""
+        """Returns the relevance of a layer, restricted to each of its nodes, in shape ``(K, N, *shape)``."""
         labels, relevance = self._labels[number], self._relevance[number]
         count = int(labels.max()) + 1
         return torch.stack([relevance * (labels == node) for node in range(count)])
@@ -116,11 +116,11 @@ class FlowPasses:
         start = self.mu._start
 
         def run(groups: Sequence[int]) -> list[Tensor]:
-            members = [lowest.layout.fold((labels == group).unsqueeze(0).to(start)) for group in groups]
+            members = [lowest.layout.fold((labels == group).unsqueeze(0).to(start.dtype)) for group in groups]
             masks = torch.stack([mask.expand(lowest.tensor_shape) for mask in members])
             collected, _ = push(self.mu._recording.graph, lowest.place, stop.place, masks)
             if collected is None:
-                collected = start.new_zeros((len(groups), *stop.tensor_shape))
+                collected = self._at_stop.new_zeros((len(groups), *stop.tensor_shape))
             return list(stop.layout.unfold(collected, 1))
 
         groups = range(int(labels.max()) + 1)
@@ -139,7 +139,7 @@ class FlowPasses:
         self.joints[upper, lower] = self.mu._mixed(rows)
 
     def heat_maps(self, number: int, image: Tap) -> Tensor | None:
-        """Returns the joint relevance of each node in a layer and each pixel, of shape ``(N, K, *image positions)``.
+        """Returns the joint relevance of each node in a layer and each pixel, in shape ``(N, K, *image positions)``.
 
         If heat maps are computed at another tap than the image, the relevance of each position is distributed evenly
         over the corresponding pixels. Returns None for layers below that tap, except for the image itself.
@@ -169,7 +169,7 @@ class FlowPasses:
 def flow_passes(mu: Any, taps: Sequence[Tap], labels: Sequence[Tensor], maps: Tap | None) -> FlowPasses:
     """Constructs :class:`FlowPasses` from the same arguments, in any gradient mode."""
     mu._check_fresh()
-    with torch.inference_mode(False), torch.no_grad(), exact(mu._start.device):
+    with torch.inference_mode(False), torch.no_grad(), exact():
         return FlowPasses(mu, taps, labels, maps)
 
 

@@ -118,7 +118,7 @@ def find_groups(
 
 @dataclass(frozen=True)
 class _Sides:
-    """Exact dependence of each member of a layer on the groups of the adjacent layers.
+    """Exact dependence of each member (channel, position, neuron) of a layer on the groups of the adjacent layers.
 
     Attributes:
         joints: Joint relevance of all members, exact or estimated.

@@ -22,7 +22,7 @@ def labels_of(tap: Tap, over: Over) -> Tensor:
     """Returns the group index of every neuron of a tap as an integer tensor of shape ``tap.shape[1:]`` on the CPU.
 
     Raises:
-        EventError: If ``over`` contains labels that do not match the tap.
+        EventError: If the group labels in ``over`` are not nonnegative integers or do not match the shape of the tap.
     """
     inner = tap.shape[1:]
     if isinstance(over, Tensor):

@@ -35,7 +35,7 @@ RANK = 8
 
 
 class PairJoints:
-    """Joint relevance between the members of consecutive layers.
+    """Computes the joint relevance between the members (channels, positions or neurons) of consecutive layers.
 
     If the last layer is the image, the computation uses the positions of a layer that all walks to the image cross.
     This takes fewer and shorter passes; see :func:`~nrm_plugin.measure.flow_passes.map_tap`.
@@ -58,7 +58,7 @@ class PairJoints:
         self.counts = [int(labels_of(tap, kind).max()) + 1 for tap, kind in zip(self.taps, kinds, strict=True)]
         own = list(self.taps)
         self._moves_image = self._move_image()
-        with torch.inference_mode(False), torch.no_grad(), exact(mu._start.device):
+        with torch.inference_mode(False), torch.no_grad(), exact():
             totals = mu._pass([*own, self.taps[-1]])
             self.relevance = [totals.relevance(tap) for tap in self.taps]
             marginals = zip(own, kinds, [totals.relevance(tap) for tap in own], strict=True)
@@ -80,7 +80,7 @@ class PairJoints:
         return groups[labels_of(self.taps[place], self.kinds[place])]
 
     def masses(self, place: int) -> Tensor:
-        """Returns the mass of each member of the layer at index ``place``, of shape ``(N, members)``."""
+        """Returns the mass of each member of the layer at index ``place``, in shape ``(N, members)``."""
         return self._masses[place]
 
     def of_members(self, pair: int) -> tuple[Tensor, bool]:
@@ -90,7 +90,7 @@ class PairJoints:
             The joint relevance, of shape ``(N, upper, lower)``, and True if it is exact.
         """
         upper, lower, relevance = self.taps[pair], self.taps[pair + 1], self.relevance[pair]
-        with torch.inference_mode(False), torch.no_grad(), exact(relevance.device):
+        with torch.inference_mode(False), torch.no_grad(), exact():
             if self.kinds[pair] == self.kinds[pair + 1] == "channel":
                 direct = neighbor_matrix(self.mu._recording, upper, lower, relevance)
                 if direct is not None:
@@ -101,7 +101,7 @@ class PairJoints:
         return self._estimate(pair, is_image), False
 
     def _estimate(self, pair: int, is_image: bool) -> Tensor:
-        """Estimates the joint relevance of the members of two layers, of shape ``(N, upper, lower)``."""
+        """Estimates the joint relevance of the members of two layers, in shape ``(N, upper, lower)``."""
         upper, lower = self.taps[pair : pair + 2]
         kind = self.kinds[pair + 1]
         if upper.place == lower.place:
@@ -115,9 +115,9 @@ class PairJoints:
         return self._sketch(pair)
 
     def of_groups(self, pair: int, above: Over, below: Over) -> Tensor:
-        """Returns the exact joint relevance of the groups in two layers, of shape ``(N, groups, groups below)``."""
+        """Returns the exact joint relevance of the groups in two layers, in shape ``(N, groups, groups below)``."""
         upper, lower, relevance = self.taps[pair], self.taps[pair + 1], self.relevance[pair]
-        with torch.inference_mode(False), torch.no_grad(), exact(relevance.device):
+        with torch.inference_mode(False), torch.no_grad(), exact():
             if upper.place == lower.place:
                 matrix = _of_one_layer(relevance, labels_of(upper, above), labels_of(lower, below))
             else:
@@ -135,7 +135,7 @@ class PairJoints:
         relevance = self.relevance[pair]
         random = torch.Generator().manual_seed(0)
         signs = torch.randint(2, (RANK, self.counts[pair + 1]), generator=random).to(relevance) * 2 - 1
-        with torch.inference_mode(False), torch.no_grad(), exact(relevance.device):
+        with torch.inference_mode(False), torch.no_grad(), exact():
             above = self._above(pair, signs)
             basis, _ = torch.linalg.qr(above.double())
             below = self._below(pair, basis.to(relevance))
@@ -143,7 +143,7 @@ class PairJoints:
             return mixed
 
     def _above(self, pair: int, weights: Tensor) -> Tensor:
-        """Computes ``J w``, of shape ``(N, members above, K)``, for weights ``w`` of shape ``(K, members below)``."""
+        """Computes ``J w``, with shape ``(N, members above, K)``, for weights ``w`` of shape ``(K, members below)``."""
         upper, lower = self.taps[pair : pair + 2]
         rows, columns = (labels_of(tap, kind) for tap, kind in zip((upper, lower), self.kinds[pair:], strict=False))
         columns = columns.to(weights.device)
@@ -162,7 +162,7 @@ class PairJoints:
         return torch.stack(in_chunks(list(weights), self._width(pair), run, "joint relevance"), 2)
 
     def _below(self, pair: int, basis: Tensor) -> Tensor:
-        """Computes ``Qᵀ J``, of shape ``(N, K, members below)``, for ``Q`` of shape ``(N, members above, K)``."""
+        """Computes ``Qᵀ J``, with shape ``(N, K, members below)``, for ``Q`` of shape ``(N, members above, K)``."""
         upper, lower = self.taps[pair : pair + 2]
         rows, columns = (labels_of(tap, kind) for tap, kind in zip((upper, lower), self.kinds[pair:], strict=False))
         rows = rows.to(basis.device)

@@ -119,7 +119,7 @@ def propagated_to(
 
 
 def edge_matrix(recording: Recording, vertex: int, relevance: Tensor) -> Tensor:
-    """Computes the joint relevance of all channel pairs across a linear step, of shape ``(N, K_upper, K_lower)``.
+    """Computes the joint relevance of all channel pairs across a linear step, in shape ``(N, K_upper, K_lower)``.
 
     Args:
         recording: The recording of the forward pass.
@@ -222,7 +222,7 @@ def _keeps_channels(recording: Recording, vertex: Vertex) -> bool:
 
 
 class _Collect(Visitor[int]):
-    """Visitor that collects the relevance arriving at several taps and stops the pass below the last of them."""
+    """Callbacks of a pass that collect the relevance arriving at several tensors and stop the pass below the last."""
 
     def __init__(self, recording: Recording, lowers: Sequence[Tap]) -> None:
         self.recording = recording

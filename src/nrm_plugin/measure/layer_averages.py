@@ -13,6 +13,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from ..errors import InputError
 from ..model.contrast import REST
+from ..model.devices import by_sample
 from .layer_taps import is_only_pooled, separates
 from .measure import RelevanceMeasure
 
@@ -167,8 +168,8 @@ def layer_average(mu: RelevanceMeasure, layers: Sequence[str] | None = None) -> 
             :func:`layers_by_resolution`.
 
     Returns:
-        Heat maps of shape ``(N, H, W)``. Positive values are evidence for the target, even if the measure explains a
-        negative difference.
+        Heat maps of shape ``(N, H, W)``, on the device of the images. Positive values are evidence for the target, even
+        if the measure explains a negative difference.
 
     Raises:
         InputError: If the inputs or a layer have no positions.
@@ -181,17 +182,18 @@ def layer_average(mu: RelevanceMeasure, layers: Sequence[str] | None = None) -> 
     """
     names = layers_by_resolution(mu) if layers is None else list(layers)
     size = _grid(mu, "input")
-    maps = []
+    maps, device = [], mu._recording.graph.device(mu._tap("input").place)
     for name in names:
         _grid(mu, name)
     with mu._without_sums():
         marginals = mu.marginal(names)
     for name, marginal in marginals.items():
-        relevance = marginal.sum(mu.channel_dim(name)).unsqueeze(1)
+        relevance = marginal.sum(mu.channel_dim(name)).unsqueeze(1).to(device)
         share = relevance / relevance.abs().sum((2, 3), keepdim=True).clamp(min=torch.finfo(relevance.dtype).tiny)
         per_pixel = relevance.shape[2] * relevance.shape[3] / math.prod(size)
         maps.append(nn.functional.interpolate(share, size, mode="bilinear", align_corners=False)[:, 0] * per_pixel)
-    return mu.sign.reshape(-1, 1, 1) * torch.stack(maps).mean(0)
+    mean = torch.stack(maps).mean(0)
+    return by_sample(mu.sign, mean) * mean
 
 
 def _grid(mu: RelevanceMeasure, name: str) -> tuple[int, int]:

@@ -69,7 +69,7 @@ class Groups:
 
     @property
     def origin(self) -> str:
-        """Description of the file from which the groups were read and of its samples. Empty without a file.
+        """Description of the file from which the groups were read and of its samples. Empty if there is no file.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 2))

@@ -34,13 +34,13 @@ class ProfileRow:
 def profile(
     mu: RelevanceMeasure, layers: Sequence[str] | None = None, plain: RelevanceMeasure | None = None, sample: int = 0
 ) -> list[ProfileRow]:
-    """Computes the profile of a measure, one row per layer, from the output to the input.
+    """Summarizes a measure by one row per layer, from the output to the input.
 
     Args:
         mu: The measure to summarize.
         layers: Names of taps; by default, all taps.
-        plain: A measure of the same model and inputs with the same rules and ``residual="sink"``, whose marginals are
-            the relevance of plain LRP with an initial relevance of 1 at the output.
+        plain: A measure of the same model and inputs with the same rules and ``residual="sink"``. Its marginals are
+            the relevance of LRP without normalization, starting from 1 at the output.
         sample: Index of the sample.
 
     Raises:

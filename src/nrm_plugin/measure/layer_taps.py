@@ -1,4 +1,4 @@
-"""Lookup of the taps for the layers in a query and their order along walks."""
+"""Lookup of the recorded tensors (taps) that the layers in a query name, and their order along walks."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def several_layers(layers: Any) -> list[Any]:
 
 
 def tap_of(recording: Recording, layer: Layer) -> Tap:
-    """Returns the tap of a layer.
+    """Returns the tap (hook point) that a query names as a layer.
 
     Raises:
-        EventError: If ``layer`` is an event or refers to several taps.
+        EventError: If ``layer`` selects neurons, as in ``at(layer)[3]``, or refers to several taps.
         UnknownLayerError: If no tap has this name.
     """
     atom = atom_of(layer)
@@ -127,7 +127,7 @@ def separates(recording: Recording, upper: Tap, middle: Tap, lower: Tap) -> bool
 
 
 def is_only_pooled(recording: Recording, tap: Tap) -> bool:
-    """Returns True if a tap is computed from larger tensors by pooling and by rearranging elements alone."""
+    """Returns True if a tap is computed from larger tensors only by pooling and by rearranging elements."""
     graph, seen = recording.graph, set()
     waiting = [graph.buffer(tap.place)]
     while waiting:

@@ -1,4 +1,8 @@
-"""Events whose atoms refer to places of a recording and neuron masks, rather than to layer names and indices."""
+"""Resolution of events: layer names and indices are replaced by tensors of a recording and neuron masks.
+
+An event is a formula over atoms, such as ``at("conv1")[3]``. An atom names a layer and neurons. Resolving it determines
+the place (a tensor, an input of a step, or the sink of a step) and the mask that this name stands for in one recording.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,11 @@ from .attention_events import plain
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Located(Event):
-    """Atomic event: a walk crosses a tap at a neuron in a mask or, for a sink, is absorbed at such a neuron.
+    """Resolved atom: the event that a walk crosses a tensor at a neuron in a mask, or is absorbed at such a neuron.
 
     Attributes:
-        place: Location in the recording: a tensor, an input of a step, or the sink of a step.
+        place: Where in the recording this occurs: a tensor, an input of a step (call of a layer or function), or the
+            sink of a step, where walks are absorbed.
         mask: Boolean mask of neurons, of shape ``(N, *shape)``, or ``(1, *shape)`` if it is the same for all samples.
     """
 
@@ -32,22 +37,24 @@ class Located(Event):
 
 
 class Locator:
-    """Locator that replaces the atoms of events with :class:`Located` atoms. Identical atoms and masks are shared.
+    """Resolves each atom of an event to the place in the recording where it occurs, and to a mask of neurons.
+
+    Atoms that resolve to the same place and mask become the same object.
 
     Args:
         recording: The recording of the forward pass.
 
     Attributes:
-        at: The located atoms at each place.
+        atoms_at: Maps each place to the atoms resolved there.
     """
 
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
         self._known: dict[Event, Event] = {}
-        self.at: dict[Buffer | Edge | Sink, list[Located]] = {}
+        self.atoms_at: dict[Buffer | Edge | Sink, list[Located]] = {}
 
     def __call__(self, event: Event) -> Event:
-        """Returns the same formula over :class:`Located` atoms and ``ABSORBED``.
+        """Returns the same formula, with :class:`Located` atoms and ``ABSORBED`` in place of the given atoms.
 
         Raises:
             EventError: If an index does not match the shape of its tap.
@@ -90,7 +97,7 @@ class Locator:
         return Sink(vertex), self._recording.graph.shape(output), channel_dim
 
     def _shared(self, place: Buffer | Edge | Sink, mask: Tensor) -> Located:
-        known = self.at.setdefault(place, [])
+        known = self.atoms_at.setdefault(place, [])
         for other in known:
             if other.mask.shape == mask.shape and torch.equal(other.mask, mask):
                 return other

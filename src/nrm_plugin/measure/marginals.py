@@ -1,4 +1,4 @@
-"""Relevance of every neuron of one or several taps: marginal, joint with events, or conditional on events."""
+"""Relevance of every neuron of one or several recorded tensors: marginal, joint with events, or conditional on them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from .totals import Totals
 
 
 def separate_maps(totals: Totals, taps: Sequence[Tap]) -> list[Tensor]:
-    """Returns ``μ(j)`` for every neuron of each tap, of shape ``(N, *shape)``, as tensors that do not share memory.
+    """Returns ``μ(j)`` for every neuron ``j`` of each tap, as one tensor of shape ``(N, *shape)`` per tap.
 
-    In a pass, the taps before and after a step share memory if the step does not change the relevance.
+    The tensors share no memory. In a pass, the taps before and after a step share memory if the step does not change
+    the relevance.
     """
     used = {storage_address(totals.start)}
     maps = []
@@ -40,13 +41,16 @@ def copied(values: Tensor) -> Tensor:
 def event_maps(
     recording: Recording, results: Sequence[EventResult], taps: Sequence[Tap], is_given: bool
 ) -> list[Tensor]:
-    """Returns ``μ(j & event)`` or ``μ(j given event)`` for every neuron ``j`` of each tap, of shape ``(E, N, *shape)``.
+    """Returns ``μ(j & event)`` or ``μ(j given event)`` for every neuron ``j`` of each tap and each of ``E`` events.
 
     Args:
         recording: The recording of the forward pass.
         results: The result of each event, with one map per tap.
         taps: Taps at which relevance is read.
         is_given: Whether to divide by the mass of the event.
+
+    Returns:
+        One tensor of shape ``(E, N, *shape)`` per tap.
     """
     stacks = []
     for number, tap in enumerate(taps):

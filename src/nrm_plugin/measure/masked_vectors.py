@@ -11,7 +11,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def masked(vector: Tensor, mask: Tensor | None) -> Tensor:
-    """Returns a relevance vector with zeros outside a mask, or the vector itself without a mask."""
+    """Returns a relevance vector with zeros outside a mask, or the vector itself if no mask is given."""
     return vector if mask is None else vector * mask.to(vector.device)
 
 

@@ -1,4 +1,4 @@
-"""Joint relevance between the members of consecutive layers, averaged over samples and measures."""
+"""Joint relevance between the members (channels, positions) of consecutive layers, averaged over samples."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Measure(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class MeanJoints:
-    """Mean joint relevance of the members of consecutive layers.
+    """Mean joint relevance of the members (channels, positions) of consecutive layers.
 
     Attributes:
         layers: Names of the layers, from the output to the input.
@@ -65,11 +65,12 @@ def mean_joints(
 
     Args:
         measures: Measures with one or more samples each.
-        layers: Names of the layers, from the output to the input, and the corresponding layers of the measures.
+        layers: Pairs (name, layer), from the output to the input.
         members: The members of each layer; by default its channels or, for the input, grid cells of the image.
 
     Returns:
-        The mean joint relevance, and an object that computes further joint relevance, or None for several measures.
+        The mean joint relevance, and an object that computes the joint relevance of other groups in these layers; None
+        if more than one measure is given.
 
     Raises:
         InputError: If no measure is given.

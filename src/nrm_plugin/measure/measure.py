@@ -28,11 +28,11 @@ from .group_search import K
 from .groups import Over, over_each
 from .layer_groups import Groups
 from .layer_taps import Layer, layer_list, several_layers
-from .measure_properties import Recorded
 from .memory_budget import check_memory
 from .partitions import Names
 from .query_description import explanation
 from .query_passes import query
+from .recording_properties import Recorded
 from .references import Slopes, composite_of, reference_of
 from .start import start_of
 from .totals import pass_totals
@@ -189,7 +189,7 @@ class RelevanceMeasure(Recorded):
 
     @query
     def sink(self, layer: Layer, kind: Kind | None = None) -> Tensor:
-        """Returns the mass absorbed above a tap, of shape ``(N,)``.
+        """Returns the relevance absorbed between the output and a layer (tap), as a tensor of shape ``(N,)``.
 
         Args:
             layer: Tap name, module or ``at(…)``.
@@ -205,9 +205,9 @@ class RelevanceMeasure(Recorded):
 
     @query
     def sink_above(self, taps: Sequence[Atom]) -> Tensor:
-        """Returns the mass absorbed above at least one of several taps, of shape ``(N,)``.
+        """Returns the relevance absorbed above any of the given taps, as a tensor of shape ``(N,)``.
 
-        The taps can be the tensors of a tuple, for example.
+        For example, the taps may be the tensors in a tuple returned by one module.
 
         Examples:
             >>> torch.equal(mu.sink_above(mu.taps_of("0")), mu.sink("0"))
@@ -217,7 +217,9 @@ class RelevanceMeasure(Recorded):
 
     @query
     def bypass(self, layer: Layer) -> Tensor:
-        """Returns the mass of the walks that neither cross a tap nor are absorbed above it, of shape ``(N,)``.
+        """Returns the mass of the walks that neither cross a tap nor are absorbed above it.
+
+        The result has one value per sample.
 
         Examples:
             >>> mu.bypass("1")
@@ -227,7 +229,7 @@ class RelevanceMeasure(Recorded):
 
     @query
     def sinks(self, kind: Kind | None = None) -> dict[str, Tensor]:
-        """Returns the mass absorbed in each step, of shape ``(N,)``, keyed by step name.
+        """Returns the mass absorbed in each step, as tensors of shape ``(N,)``, keyed by step name.
 
         Steps that absorb nothing are omitted.
 
@@ -241,9 +243,10 @@ class RelevanceMeasure(Recorded):
 
     @query
     def variation(self, layer: Layer) -> Tensor:
-        r"""Returns the tap variation ``Σ_j |μ(j)| + Σ|absorbed above| + |bypass|``, of shape ``(N,)``, at least 1.
+        r"""Returns the tap variation ``Σ_j |μ(j)| + Σ|absorbed above| + |bypass|`` of each sample.
 
-        A value above 1 means that some of this relevance is negative, either at a neuron, in the sink or in the bypass.
+        The variation is at least 1. A value above 1 means that some of this relevance is negative, either at a neuron,
+        in the sink or in the bypass.
 
         Examples:
             >>> bool((mu.variation("1") >= 0.999).all())
@@ -253,7 +256,7 @@ class RelevanceMeasure(Recorded):
 
     @query
     def walk_variation(self, surviving: bool = False) -> Tensor:
-        r"""Returns the walk variation ``|μ|(Ω) = Σ_w |μ(w)|``, of shape ``(N,)``.
+        r"""Returns the walk variation ``|μ|(Ω) = Σ_w |μ(w)|`` of each sample.
 
         It is 1 if and only if no walk is negative. The walk variation is an upper bound on every ``|μ(A)|`` and,
         multiplied by the order of the machine precision, on the rounding errors of all sums. For signed rules, it grows
@@ -303,7 +306,7 @@ class RelevanceMeasure(Recorded):
     def conditional(self, event: Event, layer: None = ...) -> dict[str, Tensor]: ...
     @query
     def conditional(self, event: Event, layer: Layer | None = None) -> Tensor | dict[str, Tensor]:
-        """Returns ``μ(event given j)`` for every neuron ``j`` of a tap above the event, of shape ``(N, *shape)``.
+        """Returns ``μ(event given j)`` for every neuron ``j`` of a tap above the event, in shape ``(N, *shape)``.
 
         The query takes one transposed pass. It is defined even for neurons with ``μ(j) = 0``.
 
@@ -324,7 +327,7 @@ class RelevanceMeasure(Recorded):
 
     @query
     def joint(self, upper: Layer, lower: Layer, over: Over | tuple[Over, Over] = "channel") -> Tensor:
-        """Returns the joint relevance of all channel pairs of a tap and a lower tap, of shape ``(N, upper, lower)``.
+        """Returns the joint relevance of all channel pairs of a tap and a lower tap, in shape ``(N, upper, lower)``.
 
         Args:
             upper: The upper tap, which walks cross first.

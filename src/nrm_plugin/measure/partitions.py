@@ -20,7 +20,7 @@ Regions = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Partition:
-    """Partition of the neurons at one tap into named groups.
+    """Partition of the neurons of one layer (tap) into named groups.
 
     Attributes:
         labels: Group of each neuron, of shape ``tap.shape[1:]``, or ``count`` for neurons outside all groups.

@@ -59,7 +59,7 @@ def plain_ground(image: Tensor) -> Tensor | None:
 
 
 def _border_color(image: Tensor) -> Tensor:
-    """Returns the most frequent color along the border, up to the tolerance, of shape ``(C,)``."""
+    """Returns the most frequent color along the border, up to the tolerance, as a tensor of shape ``(C,)``."""
     border = torch.cat([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], 1)
     colors, counts = torch.unique((border * 255).round(), dim=1, return_counts=True)
     similar = _is_near(colors[:, :, None] / 255, colors[:, None] / 255).to(counts.dtype)  # (different, different)

@@ -6,7 +6,7 @@ from ..events.event import Absorbed, All, Any_, Atom, Attended, Event, Not
 from ..events.neuron_index import show
 from ..recording.recording import Recording
 from .conditions import check_event
-from .event_diagram import DecisionDiagram
+from .decision_diagram import DecisionDiagram
 
 
 def explanation(recording: Recording, event: Event, given: Event | None) -> str:

@@ -1,4 +1,4 @@
-"""Execution of queries as passes over the recording of a measure."""
+"""Execution of queries as passes that propagate relevance over the recorded graph of a measure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..recording.recording import Recording
 from ..recording.taps import Tap
 from .conditionals import Conditionals, are_below, check_below
 from .conditions import check_condition, check_event, event_list
-from .event_diagram import DecisionDiagram
+from .decision_diagram import DecisionDiagram
 from .event_masses import EventResult, event_results
 from .finite_results import check_finite
 from .groups import Over, pair_of, summed
@@ -42,7 +42,7 @@ def query(method: Callable[P, T]) -> Callable[P, T]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         args[0]._check_fresh()  # type: ignore[attr-defined]
         one = args[0]._one_query  # type: ignore[attr-defined]
-        with one, torch.inference_mode(False), torch.no_grad(), exact(args[0]._start.device):  # type: ignore[attr-defined]
+        with one, torch.inference_mode(False), torch.no_grad(), exact():
             answer = args[0]._answer(method, args[1:], kwargs)  # type: ignore[attr-defined]
             if not is_traced():  # otherwise, the query that is traced checks its own results
                 check_finite(args[0], answer)
@@ -55,7 +55,7 @@ class QueryPasses:
     """Base class of :class:`RelevanceMeasure` that stores the recording and runs passes over it.
 
     Attributes:
-        cost: Number of kernels that the last query evaluated and of relevance vectors that they propagated.
+        cost: Cost of the last query: the number of evaluated kernels and of propagated relevance vectors.
     """
 
     cost: Cost
@@ -173,7 +173,7 @@ class QueryPasses:
         return values if count == 1 else values.reshape(-1, count, *values.shape[1:]).sum(1)
 
     def _masses(self, events: Sequence[Event], given: Event | None, min_ratio: float | None) -> Tensor:
-        """Returns the masses of the events, of shape ``(E, N)``."""
+        """Returns the masses of the events, as a tensor of shape ``(E, N)``."""
         if not events:
             return self._start.new_zeros((0, self._recording.samples.count // self._recording.references))
         if given is not None:
@@ -206,7 +206,7 @@ class QueryPasses:
         return {name: taps[name].layout.unfold(value) for name, value in values.items()}
 
     def _joints(self, layers: Sequence[Layer], overs: Sequence[Any], remedy: str) -> list[Tensor]:
-        """Computes the joint relevance of all pairs of consecutive layers, of shape ``(N, K_upper, K_lower)`` each."""
+        """Computes the joint relevance of each pair of consecutive layers, in shape ``(N, K_upper, K_lower)``."""
         groups = [pair_of(over) for over in overs]
         pairs = self._pairs(layers, remedy)
         totals = self._pass([above for above, _ in pairs])

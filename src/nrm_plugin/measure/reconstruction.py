@@ -83,7 +83,7 @@ def reconstruct(
               R_i = R_j^+ \, 1[a_i > 0] \quad \text{(guided backpropagation)}
 
     Args:
-        model: The network. Its ReLUs must be modules.
+        model: The network that contains the layer. Its ReLUs must be modules.
         images: Inputs of shape ``(N, C, H, W)``.
         neurons: ``at(layer)[…]`` or ``at(layer).channel(…)``, or several of these joined by ``&``. The signal then
             starts at the last of these layers and is restricted to the selected neurons in the others.
@@ -156,13 +156,13 @@ def _restricted(model: nn.Module, atoms: dict[str, Atom], recorded: list[tuple[s
 def receptive_fields(model: nn.Module, images: Tensor, layer: str, mask: Tensor) -> list[Box]:
     """Computes the bounding box of the pixels on which the selected neurons might depend, for each sample.
 
-    The rows and columns that influence the neurons are found by bisection, by setting parts of the image to NaN. No
+    The rows and columns that influence the neurons are found by bisection: parts of the image are set to NaN. No
     operation removes a NaN, so the result is valid for any layers, weights and activations. A copy of the model is run
-    in double precision on the CPU, where convolutions compute each output separately. Faster convolution algorithms mix
-    the pixels of a tile.
+    in double precision on the CPU, where convolutions compute each output separately; faster algorithms would mix
+    pixels within a tile.
 
     Args:
-        model: The network.
+        model: The network that contains the layer.
         images: Inputs of shape ``(N, C, H, W)``.
         layer: Name of a module.
         mask: The neurons, of shape ``(N, *shape)``.

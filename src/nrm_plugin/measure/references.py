@@ -21,7 +21,7 @@ Slopes = Literal["secant", "tangent"]
 
 
 def reference_of(call: Call, reference: Any, slopes: Slopes) -> tuple[Call, Reference | None]:
-    """Returns the call to record and its reference, or None without a reference.
+    """Returns the call to record and its reference, or None if there is no reference.
 
     A list of references defines a mixture. The call then contains one copy of each sample per reference.
 

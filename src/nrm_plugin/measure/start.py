@@ -13,7 +13,7 @@ from .difference_start import difference_start
 
 
 class Outputs(Protocol):
-    """Protocol for recordings from which the initial relevance can be computed."""
+    """Protocol for objects with the outputs of a model, such as a recording, that provide the initial relevance."""
 
     references: int
 
@@ -26,13 +26,13 @@ class Outputs(Protocol):
         """True if the measure explains differences from a reference."""
 
     def unfolded(self) -> Tensor:
-        """Returns the outputs with samples first, of shape ``(N, …)``."""
+        """Returns the outputs with samples first, in shape ``(N, …)``."""
 
     def outputs(self) -> Tensor:
         """Returns the outputs in the shape returned by the model."""
 
     def differences(self) -> Tensor:
-        """Returns the outputs minus the outputs at the reference, of shape ``(N, …)``."""
+        """Returns the outputs minus the outputs at the reference, in shape ``(N, …)``."""
 
     def started(self, relevance: Tensor, contrast: Tensor | None = None) -> Tensor:
         """Implements :meth:`~nrm_plugin.recording.recording.Recording.started`."""

@@ -1,4 +1,4 @@
-"""Masses of taps, sinks and branches, accumulated in one pass over a recording."""
+"""Sums of relevance over each recorded tensor (tap), each sink and each edge, accumulated in one pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass
 class Totals:
-    """Masses of taps, sinks and branches, accumulated in one pass over a recording.
+    """Sums of relevance over each recorded tensor (tap), each sink and each edge, accumulated in one pass.
 
     Sums have shape ``(N,)`` and are None if the samples cannot be distinguished within a tensor.
 
@@ -53,7 +53,7 @@ class Totals:
     _last: tuple[Tensor, Tensor | None, Tensor | None] | None = None
 
     def relevance(self, tap: Tap) -> Tensor:
-        """Returns the relevance of a tap in ``stored``, of shape ``(N, *shape)``, or zeros if none arrived."""
+        """Returns the relevance of a tap in ``stored``, in shape ``(N, *shape)``, or zeros if none arrived."""
         if tap.place in self.maps:
             return self.maps[tap.place]
         return self.start.new_zeros(tap.shape, device=self.recording.graph.device(tap.place))

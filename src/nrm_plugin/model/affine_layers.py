@@ -55,15 +55,15 @@ class Weighted(nn.Module):
     """Module that applies an affine function, given as a function of the input, weight and bias.
 
     Args:
-        function: Function ``(source, weight, bias or None) -> output``. It must be linear in both
-            ``source`` and ``weight``, and add the bias.
+        function: Function ``(source, weight, bias or None) -> output``. It must be linear in ``source`` and linear in
+            ``weight``, and add the bias.
         weight: The weight passed to ``function``.
         bias: The bias passed to ``function``, or None.
         bias_dim: The dimension of the output along which the bias is added.
         groups: Number of convolution groups.
         is_transposed: Whether the first dimension of the weight indexes input channels.
         padding_mode: Padding mode of a convolution, as in torch.
-        twin: The equivalent torch layer (except for its parameters), or None if there is none.
+        twin: A torch layer that computes the same function apart from its parameter values, or None if none exists.
     """
 
     def __init__(

@@ -11,8 +11,8 @@ Source: new in this package.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -68,27 +68,33 @@ def _in_float32(value: Any) -> Any:
     return type(value)(_in_float32(item) for item in value) if type(value) in (list, tuple) else value
 
 
+Formats = Mapping[str, torch.dtype]
+"""Dtype in which layers with a weight run, for each type of device with autocast."""
+
+
 class _Current(threading.local):
+    """Thread-local state of mixed precision."""
+
     def __init__(self) -> None:
-        self.dtype: torch.dtype | None = None
+        self.formats: Formats = {}
 
 
 _CURRENT = _Current()
 
 
-def current() -> torch.dtype | None:
+def current(device: torch.device) -> torch.dtype | None:
     """Returns the dtype set by :func:`layers_in`, or None if layers run in the dtype of their inputs."""
-    return _CURRENT.dtype
+    return _CURRENT.formats.get(device.type)
 
 
 @contextmanager
-def layers_in(dtype: torch.dtype | None) -> Iterator[None]:
-    """Context manager in which layers with a weight run in the given dtype."""
-    outer, _CURRENT.dtype = _CURRENT.dtype, dtype
+def layers_in(formats: Formats) -> Iterator[None]:
+    """Context manager in which layers with a weight run in the given dtypes."""
+    outer, _CURRENT.formats = _CURRENT.formats, formats
     try:
         yield
     finally:
-        _CURRENT.dtype = outer
+        _CURRENT.formats = outer
 
 
 def asked_for(device: torch.device) -> torch.dtype | None:
@@ -99,13 +105,32 @@ def asked_for(device: torch.device) -> torch.dtype | None:
     return dtype if dtype in SHORT else None
 
 
+def asked() -> dict[str, torch.dtype]:
+    """Returns the dtype of each active ``torch.autocast``, keyed by the type of its devices."""
+    formats = {kind: asked_for(torch.device(kind)) for kind in _active()}
+    return {kind: dtype for kind, dtype in formats.items() if dtype is not None}
+
+
+def _active() -> list[str]:
+    """Returns the types of devices for which ``torch.autocast`` is active."""
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+    return [kind for kind in kinds if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)]
+
+
 @contextmanager
-def exact(device: torch.device) -> Iterator[None]:
-    """Context manager that disables ``torch.autocast``."""
-    if not torch.amp.is_autocast_available(device.type):
+def exact() -> Iterator[None]:
+    """Context manager that disables ``torch.autocast`` on all devices."""
+    with ExitStack() as stack:
+        for kind in _active():
+            stack.enter_context(torch.autocast(kind, enabled=False))
         yield
-        return
-    with torch.autocast(device.type, enabled=False):
+
+
+@contextmanager
+def precise_layers() -> Iterator[None]:
+    """Context manager in which layers run in the dtypes of autocast, and all other operations in float32 or float64."""
+    with layers_in(asked() or _CURRENT.formats), exact():
         yield
 
 
@@ -162,7 +187,9 @@ def _restored(values: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tenso
 
 __all__ = [
     "SHORT",
+    "Formats",
     "InFloat32",
+    "asked",
     "asked_for",
     "current",
     "exact",
@@ -170,6 +197,7 @@ __all__ = [
     "is_short_format",
     "layers_in",
     "lowered",
+    "precise_layers",
     "shortened",
     "working_dtype",
 ]

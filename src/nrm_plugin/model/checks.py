@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from zennit.core import BasicHook, Hook
 
 from ..errors import GradModeError, InputError, ModelStateError, RandomnessWarning, UnsupportedRuleError, warn
+from .devices import random_states
 from .model_protection import named_tensors, values_state
 from .quantized import plain_tensors
 from .shapes_without_values import is_valueless
@@ -83,22 +84,21 @@ def check_model(model: nn.Module, tensors: Sequence[Tensor]) -> None:
 
 
 @contextmanager
-def check_drawn(model: nn.Module, device: torch.device, note: Callable[[], None]) -> Iterator[None]:
+def check_drawn(model: nn.Module, note: Callable[[], None]) -> Iterator[None]:
     """Context manager that checks whether the model draws random numbers inside it.
 
     Args:
         model: Model whose random draws are checked.
-        device: Device of the inputs.
         note: Callback for random numbers that are drawn in evaluation mode.
 
     Raises:
         ModelStateError: If the model draws random numbers while a module is in training mode.
     """
     with unwatched():
-        before = _random_state(device)
+        before = random_states()
     yield
     with unwatched():
-        is_drawn = not torch.equal(before, _random_state(device))
+        is_drawn = not all(map(torch.equal, before, random_states()))
     if not is_drawn:
         return
     training = [name or "the model" for name, module in model.named_modules() if module.training]
@@ -124,10 +124,6 @@ def warn_of_draws(calls: Sequence[str] | None) -> None:
         "torch.manual_seed(), average over several states, or make the model deterministic.",
         RandomnessWarning,
     )
-
-
-def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def check_unhooked(modules: Mapping[str, nn.Module], remedy: str) -> None:

@@ -57,7 +57,7 @@ def contrast_vector(outputs: Tensor, target: Any, against: Any, batched: bool = 
 
 
 def explained_number(outputs: Tensor, vector: Tensor) -> Tensor:
-    r"""Computes the contrast :math:`g = \sum_k s_k f_k`, of shape ``(N,)``.
+    r"""Computes the contrast :math:`g = \sum_k s_k f_k` of each sample, as a tensor of shape ``(N,)``.
 
     Args:
         outputs: The outputs of shape ``(N, …)``.

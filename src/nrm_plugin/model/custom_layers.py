@@ -36,7 +36,7 @@ def is_own_layer(module: nn.Module) -> bool:
 
 
 class WeightRecorder(TorchFunctionMode):
-    """Torch function mode that records the weight and bias with which a layer calls a torch function."""
+    """Torch function mode that records the weight and bias that a layer passes to ``linear`` or a convolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,11 +52,11 @@ class WeightRecorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def layer(self, module: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], source: Tensor) -> Weighted | None:
-        """Returns an affine layer with the recorded weight, or None if the module is not affine.
+        """Returns an affine layer with the weight recorded in the call, or None if the module is not affine.
 
         Args:
             module: A copy of the module.
-            call: Function that runs a copy on an input.
+            call: Function that calls a copy of the module on an input.
             source: The input of the module.
         """
         if len(self.calls) != 1:

@@ -37,7 +37,7 @@ NOT_JOINED = (
 
 
 class Call:
-    """Arguments of a call of the model: the tensors that receive relevance and all other arguments.
+    """Arguments with which the model is called: the tensors that receive relevance, and all others.
 
     Args:
         inputs: A tensor, a tuple of tensors, or a mapping whose items are passed as keyword arguments. In a mapping,
@@ -176,7 +176,7 @@ class Call:
 def explained_output(
     returned: Any, output: Output | None, batch: int, batched: bool = True, what: str = "the model's output"
 ) -> Tensor:
-    """Validates and returns the output tensor to explain, of shape ``(N, …)``.
+    """Validates and returns the output tensor to explain, whose shape is ``(N, …)``.
 
     Args:
         returned: The model's return value.

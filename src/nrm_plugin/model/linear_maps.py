@@ -16,7 +16,7 @@ Map = Callable[[Tensor], Tensor]
 
 
 class LinearMap(NamedTuple):
-    """Linear map, its transpose, and its gradient with respect to the weight.
+    """Linear map of a layer, with its transpose and its gradient with respect to the weight.
 
     Attributes:
         down: The transposed map, from shape ``(K, N, *out)`` to ``(K, N, *in)``.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .devices import random_states, restore_random_states
 from .quantized import is_quantized, packed_tensors, plain_tensors
 from .shapes_without_values import data_address, storage_address
 from .trace_guards import unwatched
@@ -33,7 +34,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
         named = [tensor for _, tensor in named_tensors(model) if id(tensor) not in packed]
         tensors = [(tensor, tensor.data, tensor.requires_grad) for tensor in named]
         versions = [(tensor, tensor._version) for tensor, _, _ in tensors if isinstance(tensor, nn.Parameter)]
-        drawn, on_devices = torch.get_rng_state(), _random_states()
+        drawn = random_states()
     try:
         yield
     finally:
@@ -48,9 +49,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
         for tensor, version in versions:
             if tensor._version != version:  # a canonizer has overwritten and restored the weight
                 note_restored(tensor, version)
-        torch.set_rng_state(drawn)
-        for number, values in enumerate(on_devices):
-            torch.cuda.set_rng_state(values, number)
+        restore_random_states(drawn)
 
 
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -61,11 +60,6 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
             if tensor is not None:
                 names.setdefault(tensor, f"{path}.{name}" if path else name)
     return [(name, tensor) for tensor, name in names.items()]
-
-
-def _random_states() -> list[Tensor]:
-    """Returns the random states of all GPUs, or an empty list if CUDA is not initialized."""
-    return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call, unused-ignore]
 
 
 _State = tuple[dict[str, Any], dict[str, dict[Any, Any]]]

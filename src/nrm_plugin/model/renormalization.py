@@ -21,7 +21,7 @@ _NAMES = ("input", "weight", None, "max_norm", "norm_type")
 
 
 class Tables:
-    """Renormalized copies of embedding tables that torch would otherwise modify in one forward pass.
+    """Renormalized copies of embedding tables that torch would otherwise modify during a forward pass.
 
     Args:
         changed: The tables that torch would have changed so far, keyed by ``id()``. It is updated in place.

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import InputError, UnknownLayerError, brief
+from .shallow_copies import rebind
 
 Replacement = Callable[[nn.Module], nn.Module]
 
@@ -16,7 +17,7 @@ def with_replaced(model: nn.Module, replacements: Mapping[str, Replacement], wha
     """Returns a copy of a model with some layers replaced, which shares all other layers and parameters.
 
     Args:
-        model: The network.
+        model: The network whose layers are replaced.
         replacements: Functions that map a layer to its replacement, keyed by layer name.
         what: Description of the replacement for error messages, such as ``"subspaces"``.
 
@@ -44,6 +45,7 @@ def _replaced(module: nn.Module, replacements: Mapping[str, Replacement], path: 
             copied._modules[name] = replacements[full](child)
         elif child is not None and any(layer.startswith(f"{full}.") for layer in replacements):
             copied._modules[name] = _replaced(child, replacements, f"{full}.")
+    rebind(copied, module)
     return copied
 
 

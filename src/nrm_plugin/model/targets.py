@@ -44,7 +44,7 @@ def chosen_target(target: Any, outputs: Tensor, batched: bool = True) -> Any:
         target: A target as accepted by :func:`start_vector`, or a function that computes it from the outputs.
         outputs: The model's outputs.
         batched: Whether the first dimension of the outputs is the batch. If it is not, and the output is a single row
-            of scores of shape ``(1, C)`` for a whole graph, the target may be a class index alone.
+            of scores of shape ``(1, C)``, as in graph classification, the target may be a single class index.
 
     Raises:
         TargetError: If the function does not return a target.
@@ -102,7 +102,7 @@ def normalized(start: Tensor) -> Tensor:
 
 
 class Neurons:
-    """Callable that computes the start vector of the neurons chosen by Captum's ``neuron_selector``.
+    """Function of a layer's output that returns the initial relevance of the neurons chosen by ``neuron_selector``.
 
     Args:
         selector: As Captum's ``neuron_selector``: an int, a tuple of ints and slices, or a function of the output of
@@ -127,7 +127,7 @@ class Neurons:
         return torch.where(silent, slope, start)
 
     def slope(self, values: Tensor) -> Tensor:
-        """Returns the gradient of the summed selected activations, of shape ``(N, …)``."""
+        """Returns the gradient of the summed selected activations, as a tensor of shape ``(N, …)``."""
         if callable(self.selector):
             with torch.enable_grad():
                 leaf = values.detach().requires_grad_()

@@ -1,7 +1,7 @@
-"""Value reads: points at which control flow depends on tensor values, as tracked by a trace.
+"""Conditions on tensor values during a trace, the list of tensor operations that a plan replays for other values.
 
-A trace replays the tensor operations of a computation for other values. A replay evaluates the conditions of the
-computation again and compares their outcomes, except for conditions that cannot affect the result.
+A replay evaluates these conditions again and compares their outcomes with those during recording, except for conditions
+that cannot affect the result.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ class _Active(threading.local):
     """Thread-local state of traces and audits.
 
     Attributes:
-        tracer: The tracer of the trace in progress, or None.
+        tracer: The object that traces the operations of this thread, or None.
         audits: Number of active :func:`audit` contexts.
-        place: Name of the step whose kernel is being constructed.
-        avoided: Shortcuts that a trace must not take because their conditions failed for other values.
+        place: Name of the layer or function whose kernel is being constructed.
+        disabled_shortcuts: Computations that a trace must not use, because they are valid only under a condition on
+            values and the condition failed for other values.
     """
 
     tracer: Any = None
     audits = 0
     place = ""
-    avoided: frozenset[str] = frozenset()
+    disabled_shortcuts: frozenset[str] = frozenset()
 
 
 ACTIVE = _Active()
@@ -41,10 +42,10 @@ def is_traced() -> bool:
     return ACTIVE.tracer is not None
 
 
-def note_obstacle(reason: str) -> None:
+def note_not_replayable(reason: str) -> None:
     """Records a reason why the active trace, if any, cannot be replayed for other values."""
     if ACTIVE.tracer is not None:
-        ACTIVE.tracer.trace.obstacles.append(reason)
+        ACTIVE.tracer.trace.reasons_not_replayable.append(reason)
 
 
 @contextmanager
@@ -111,14 +112,14 @@ def uncollected() -> Iterator[None]:
 
 
 @contextmanager
-def avoiding(shortcuts: frozenset[str]) -> Iterator[None]:
+def without_shortcuts(shortcuts: frozenset[str]) -> Iterator[None]:
     """Context manager in which traces take none of the given shortcuts."""
-    outer = ACTIVE.avoided
-    ACTIVE.avoided = shortcuts
+    outer = ACTIVE.disabled_shortcuts
+    ACTIVE.disabled_shortcuts = shortcuts
     try:
         yield
     finally:
-        ACTIVE.avoided = outer
+        ACTIVE.disabled_shortcuts = outer
 
 
 def kind_of(shortcut: str) -> str:
@@ -139,7 +140,7 @@ def holds(shortcut: str, condition: Callable[[], bool | Tensor]) -> bool:
     if not is_traced():
         return bool(condition())
     kind, shortcut = shortcut, f"{shortcut} in {ACTIVE.place or 'the graph'}"
-    if kind in ACTIVE.avoided or shortcut in ACTIVE.avoided:
+    if kind in ACTIVE.disabled_shortcuts or shortcut in ACTIVE.disabled_shortcuts:
         return False
     tracer = ACTIVE.tracer
     before, tracer.shortcut = tracer.position(), shortcut
@@ -156,13 +157,13 @@ def holds(shortcut: str, condition: Callable[[], bool | Tensor]) -> bool:
 __all__ = [
     "ACTIVE",
     "audit",
-    "avoiding",
     "holds",
     "is_traced",
     "kind_of",
-    "note_obstacle",
+    "note_not_replayable",
     "repeated",
     "uncollected",
     "untraced",
     "unwatched",
+    "without_shortcuts",
 ]

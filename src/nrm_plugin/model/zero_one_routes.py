@@ -75,7 +75,7 @@ _NAME = re.compile(r"^(.*?)(?:Backwards?)?\d*$")
 
 
 def is_route(module: nn.Module) -> bool:
-    """Returns True if a module is a 0/1 route, such as max pooling or padding.
+    """Returns True if a module only routes values (its Jacobian has entries 0 and 1), such as max pooling or padding.
 
     Dropout is assumed to be inactive, as ensured by :func:`~nrm_plugin.model.checks.check_model`.
     """
@@ -103,7 +103,7 @@ def _operation(name: str) -> str:
 
 
 def is_route_node(node: Node) -> bool:
-    """Returns True if an autograd node is known to be a 0/1 route."""
+    """Returns True if an autograd node is known to only route values (its Jacobian has entries 0 and 1)."""
     return operation(node).lower() in _NODES
 
 

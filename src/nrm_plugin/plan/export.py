@@ -1,4 +1,4 @@
-"""Export of a plan as a program that returns outputs and their relevance and depends only on PyTorch."""
+"""Export of a plan as a ``torch.export`` program that returns outputs and relevance and needs only PyTorch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from ..model.inputs_and_outputs import Call
 from ..recording.recording import Reference
 from .planned_measure import PlannedMeasure, Settings, TracedRecording
 from .program import Program
-from .programs import Programs
+from .program_cache import Programs
 from .trace import Operation, Value, mapped
 
 aten = torch.ops.aten
 
 
 class EveryShortcut(frozenset[str]):
-    """Set of all shortcuts. A trace that avoids this set takes no shortcut and is valid for all values."""
+    """Set of all shortcuts (faster computations that are valid only for some values).
+
+    A trace in which they are all disabled is valid for all values.
+    """
 
     def __contains__(self, shortcut: object) -> bool:
         return True
@@ -39,7 +42,7 @@ class EveryShortcut(frozenset[str]):
 
 def explained_model(
     settings: Settings,
-    call: Callable[[], tuple[Call, Reference | None]],
+    make_call: Callable[[], tuple[Call, Reference | None]],
     tensors: list[Tensor],
     layers: Sequence[Layer],
 ) -> tuple[ExplainedModel, list[Tensor]]:
@@ -47,8 +50,8 @@ def explained_model(
 
     Args:
         settings: The settings of the plan.
-        call: Function that creates the call of the model and, if any, the reference.
-        tensors: The tensors of the call.
+        make_call: Function that returns the arguments of the model call and, if any, the reference.
+        tensors: The tensors among these arguments.
         layers: The layers whose marginals are traced.
 
     Returns:
@@ -58,14 +61,14 @@ def explained_model(
         UnsupportedOperationError: If the computation cannot be replayed for other inputs.
     """
     programs = Programs()
-    programs.avoided = EveryShortcut()
+    programs.disabled_shortcuts = EveryShortcut()
     with torch.enable_grad():
         whole = replace(settings, max_memory=None)  # a trace needs all tensors of the recording
-        recorded = TracedRecording(whole, call, tensors, programs.avoided)
-    mu = PlannedMeasure(settings, programs, call, tensors, None, _predicted, None, recorded)
+        recorded = TracedRecording(whole, make_call, tensors, programs.disabled_shortcuts)
+    mu = PlannedMeasure(settings, programs, make_call, tensors, None, _predicted, None, recorded)
     mu.marginal(list(layers))
     if programs.latest is None:
-        why = programs.obstacle or "; ".join(programs.lines(())) or "the query was not traced"
+        why = programs.reason_not_replayable or "; ".join(programs.lines(())) or "the query was not traced"
         raise UnsupportedOperationError(
             f"the plan cannot be exported: {why}. Rewrite this part of the model, or compute measures in Python."
         )
@@ -81,12 +84,12 @@ def _predicted(outputs: Tensor) -> Tensor:
 
 
 class ExplainedModel(nn.Module):
-    """Module that computes outputs and relevance by a program of tensor operations.
+    """Module that computes the outputs of a model and their relevance with a fixed sequence of tensor operations.
 
     Args:
-        program: The program, traced without shortcuts.
+        program: The compiled tensor operations, traced with all value-dependent shortcuts disabled.
         layers: Names of the layers whose relevance is returned.
-        outputs: Example outputs, which determine their shape and dtype.
+        outputs: Example outputs, from which the shape and dtype of the outputs are taken.
 
     Raises:
         InputError: If the outputs do not have shape ``(N, K)`` or ``(N,)``.

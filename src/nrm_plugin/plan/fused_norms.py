@@ -1,4 +1,4 @@
-"""Fusion of each batch normalization in the forward pass of a program with the preceding convolution."""
+"""Fusion of batch normalizations with preceding convolutions in the forward pass of a compiled program."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def fused(
 
 
 class _Fusion:
-    """Weight and bias of a fused layer, computed in float64 and rounded once.
+    """Weight and bias of a convolution fused with a batch normalization, computed in float64 and rounded once.
 
     Args:
         values: Weight and bias of the layer, and scale, shift, mean and variance of the batch normalization.

@@ -1,4 +1,4 @@
-"""Hashable keys of calls and queries, which describe the form of a call but not its tensor values."""
+"""Hashable keys of model calls and queries: structure, shapes, types and plain values, but no tensor values."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ..events.event import Event
+from ..model.autocast import asked
 
 _LARGEST = 1 << 20
 """Maximum number of elements of a query tensor, such as neuron labels, that is compared by value."""
@@ -33,8 +34,7 @@ def call_key(values: Any) -> tuple[Hashable, list[Tensor]]:
             key.append((known, leaf.shape, leaf.stride(), leaf.dtype, leaf.device))
         else:
             key.append(frozen(leaf))
-    modes = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cpu"))
-    return (form, tuple(key), modes, torch.get_default_dtype()), tensors
+    return (form, tuple(key), tuple(asked().items()), torch.get_default_dtype()), tensors
 
 
 def shapes_of(key: Any) -> str:

@@ -40,10 +40,10 @@ _FORWARDED = {
 
 
 class Merger:
-    """Pass over a trace that merges operations which compute identical tensors.
+    """Rewrites a trace so that operations which compute identical tensors are executed only once.
 
     Args:
-        trace: The trace to simplify.
+        trace: The trace (list of tensor operations) to simplify.
         constants: The constants, keyed by index.
         results: Indices of the result tensors.
     """

@@ -1,4 +1,4 @@
-"""The state of the model and composite on which a plan depends."""
+"""Detection of changes to the model or composite that would invalidate a plan."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class ModelState:
         self._values = [torch.cat(views).clone() for views in self._entries]
 
     def is_outdated(self) -> bool:
-        """Returns True if anything has changed, including any element of a weight and any Python object.
+        """Returns True if anything that the plan depends on has changed: any weight, buffer or Python object.
 
-        A plan makes this comparison once per call. :meth:`changed` is faster and covers only what an existing measure
-        needs.
+        A plan makes this comparison once per call. :meth:`changed` is faster and checks only what a measure that has
+        already been computed depends on.
         """
         if self.changed():
             return True

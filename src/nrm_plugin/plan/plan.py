@@ -26,7 +26,7 @@ from .export import explained_model, save
 from .keys import call_key, shapes_of
 from .model_state import ModelState, hooked, settings
 from .planned_measure import PlannedMeasure, Settings, TracedRecording
-from .programs import Programs, memory_of
+from .program_cache import Programs, memory_of
 
 MOST = 8
 """Maximum number of call forms for which programs are stored."""
@@ -97,9 +97,9 @@ class Plan:
         self._first: tuple[Hashable, list[tuple[int, int]], TracedRecording] | None = None
         self._renew()
         form = self._form(inputs, additional_forward_args, additional_forward_kwargs, reference)
-        avoided: frozenset[str] | None = frozenset() if form.tensors else None
+        disabled_shortcuts: frozenset[str] | None = frozenset() if form.tensors else None
         with uncollected():
-            recorded = TracedRecording(form.settings, form.call, form.tensors, avoided)
+            recorded = TracedRecording(form.settings, form.make_call, form.tensors, disabled_shortcuts)
         if recorded.recording.draws is None:  # otherwise, the first measure has its own draw, like all others
             self._first = (form.key, _identities(form.tensors), recorded)
 
@@ -150,7 +150,7 @@ class Plan:
         first = None if recorded is None else recorded[2]
         # A contrast without a reference adds a tap above the outputs, so its programs are different.
         programs = self._programs(form, against is not None and reference is None)
-        return PlannedMeasure(form.settings, programs, form.call, form.tensors, target, start, against, first)
+        return PlannedMeasure(form.settings, programs, form.make_call, form.tensors, target, start, against, first)
 
     def explain(self) -> str:
         """Describes which queries are replayed and why others are recorded every time.
@@ -222,7 +222,7 @@ class Plan:
         form = self._form(inputs, additional_forward_args, additional_forward_kwargs, None)
         if not form.tensors:
             raise InputError("an argument of the model cannot be compared, so no program can be exported for it.")
-        save(*explained_model(form.settings, form.call, form.tensors, layers), Path(path))
+        save(*explained_model(form.settings, form.make_call, form.tensors, layers), Path(path))
 
     def _has_changed(self) -> bool:
         """Returns True if the model or the composite has changed. All programs are then invalid."""
@@ -231,7 +231,7 @@ class Plan:
     def _is_useful(self, form: Hashable) -> bool:
         """Returns True if calls of this form can be replayed and have repeated their queries so far."""
         known = [programs for (key, _), programs in self._forms.items() if key == form]
-        return not any(programs.obstacle or programs.recordings > IDLE for programs in known)
+        return not any(programs.reason_not_replayable or programs.recordings > IDLE for programs in known)
 
     @property
     def _count(self) -> int:
@@ -280,9 +280,9 @@ class Plan:
         key = (form.key, is_contrast)
         if key not in self._forms:
             self._forms[key] = Programs()
-            self._forms[key].obstacle = hooked(self.model)
+            self._forms[key].reason_not_replayable = hooked(self.model)
             if not form.tensors:
-                self._forms[key].obstacle = "an argument of the model cannot be compared"
+                self._forms[key].reason_not_replayable = "an argument of the model cannot be compared"
             while len(self._forms) > MOST:
                 self._forms.pop(next(iter(self._forms)))
         return self._forms[key]
@@ -301,18 +301,19 @@ _Rules = tuple[Composite | None, Residual | None, float | None, Uncovered | None
 
 @dataclass(frozen=True)
 class _Form:
-    """A call to the model, and a key shared by all calls that the same programs can serve.
+    """Arguments of a model call, and a key that is equal for calls to which the same programs apply.
 
     Attributes:
-        key: The key: structure of the arguments, shapes and types of the tensors, and all other values.
+        key: Structure of the arguments, shapes and types of the tensors, and all other values.
         tensors: The tensors among the arguments.
-        call: Function that builds the call from its tensors and other arguments.
+        make_call: Function that returns the arguments of the model call and, if a difference is explained, the
+            reference.
         settings: The settings of the measure.
     """
 
     key: Hashable
     tensors: list[Tensor]
-    call: Callable[[], tuple[Call, Reference | None]]
+    make_call: Callable[[], tuple[Call, Reference | None]]
     settings: Settings
 
 

@@ -1,4 +1,4 @@
-"""Measures that answer queries by running programs."""
+"""Measures of a plan: they answer queries by running programs, compiled lists of tensor operations."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ..measure.measure import RelevanceMeasure
 from ..measure.memory_budget import DEFAULT
 from ..measure.start import every_one, start_of
 from ..model.inputs_and_outputs import Call, Output
-from ..model.trace_guards import ACTIVE, avoiding, uncollected
+from ..model.trace_guards import ACTIVE, uncollected, without_shortcuts
 from ..recording.propagation import Cost
 from ..recording.recording import Recording, Reference
 from .keys import frozen
 from .model_state import ModelState
 from .program import ChangedValueError, Program
-from .programs import Key, Programs, QueryProgram, TracedQueries
+from .program_cache import Key, Programs, QueryProgram, TracedQueries
 from .tracer import Tracer
 
 
@@ -41,7 +41,7 @@ class Settings:
         batched: As in :class:`~nrm_plugin.RelevanceMeasure`.
         max_memory: As in :class:`~nrm_plugin.RelevanceMeasure`.
         references: Number of references per sample, or None if the measure explains outputs without a reference.
-        state: The state of the model.
+        state: Versions of all weights and Python attributes of the model, to detect changes.
     """
 
     model: nn.Module
@@ -58,10 +58,10 @@ LONGEST = 5
 
 
 class PlannedOutputs:
-    """Outputs at which a planned measure starts, in place of a recording.
+    """Outputs of the model, from which the initial relevance is computed as if they came from a recording.
 
     Args:
-        values: The outputs in the form ``(N, …)``, the outputs as returned by the model, and, if there is a reference,
+        values: The outputs of shape ``(N, …)``, the outputs as returned by the model, and, if there is a reference,
             the differences from the outputs at the reference.
         is_batched: Whether the inputs have a batch dimension.
         references: Number of references per sample.
@@ -91,46 +91,54 @@ class PlannedOutputs:
 
 
 class TracedRecording:
-    """Recording of a model, with a trace of its tensor operations.
+    """Recorded forward pass of a model, with a trace (list) of its tensor operations that a plan can replay.
 
     Args:
         settings: The settings of the plan.
-        call: Function that creates the call of the model.
-        tensors: The tensors of the call.
-        avoided: The shortcuts that must not be taken, or None for a recording without a trace.
+        make_call: Function that returns the arguments of the model call and, if a difference is explained, the
+            reference.
+        tensors: The tensors among these arguments.
+        disabled_shortcuts: Optimizations to disable because they are valid only for some input values, or None for a
+            recording without a trace.
 
     Attributes:
-        tracer: The tracer, or None without a trace.
+        tracer: The object that writes the trace, or None if the recording is not traced.
         recording: The recording of the forward pass.
-        outputs: The outputs in the form ``(N, …)``, as returned by the model, and their differences from a reference.
-        obstacle: Reason why the trace cannot be replayed for other inputs, or an empty string.
+        outputs: The outputs with samples in the first dimension, the outputs as returned by the model, and, with a
+            reference, the differences from the outputs at the reference.
+        reason_not_replayable: Reason why the trace cannot be replayed for other inputs, or an empty string.
         inputs: Indices of the inputs in the trace.
-        start: Initial relevance in the layout of the outputs; set by :meth:`begin`.
+        start: Initial relevance, with the shape of the outputs; set by :meth:`begin`.
         queries: The traced queries; set by :meth:`begin`.
     """
 
     def __init__(
         self,
         settings: Settings,
-        call: Callable[[], tuple[Call, Reference | None]],
+        make_call: Callable[[], tuple[Call, Reference | None]],
         tensors: list[Tensor],
-        avoided: frozenset[str] | None,
+        disabled_shortcuts: frozenset[str] | None,
     ) -> None:
-        self.tracer = None if avoided is None else Tracer()
-        self._avoided = avoided or frozenset()
+        self.tracer = None if disabled_shortcuts is None else Tracer()
+        self._disabled = disabled_shortcuts or frozenset()
         self.inputs = [] if self.tracer is None else [self.tracer.placeholder(tensor) for tensor in tensors]
         drawn = _random_states()
         with self.traced():
-            made, reference = call()
+            call, reference = make_call()
             self.recording = Recording(
-                settings.model, made, settings.composite, settings.output, reference, settings.max_memory
+                settings.model, call, settings.composite, settings.output, reference, settings.max_memory
             )
             self.outputs = [self.recording.unfolded(), self.recording.outputs()]
             if reference is not None:
                 self.outputs.append(self.recording.differences())
-        self.obstacle = "" if _random_states() == drawn else "the model draws random numbers of Python or NumPy"
+        self.reason_not_replayable = (
+            "" if _random_states() == drawn else "the model draws random numbers of Python or NumPy"
+        )
         if self.recording.parts is not None:
-            self.tracer, self.obstacle = None, "the recording exceeds max_memory, so it is recomputed in parts"
+            self.tracer, self.reason_not_replayable = (
+                None,
+                "the recording exceeds max_memory, so it is recomputed in parts",
+            )
         self._length = 0
         self.start: Tensor | None = None
         self.queries: TracedQueries | None = None
@@ -142,10 +150,10 @@ class TracedRecording:
 
     def traced(self) -> AbstractContextManager[Any]:
         """Context manager in which operations are appended to the trace."""
-        return nullcontext() if self.tracer is None else _Traced(self.tracer, self._avoided)
+        return nullcontext() if self.tracer is None else _Traced(self.tracer, self._disabled)
 
     def begin(self, start: Sequence[Tensor]) -> None:
-        """Sets the initial relevance of the outputs and, for a contrast, their weights, of shape ``(N, …)`` each."""
+        """Sets the initial relevance of the outputs and, for a contrast, their weights, each of shape ``(N, …)``."""
         if self.tracer is not None:
             outputs = [self.tracer.number(tensor) for tensor in self.outputs]
             numbers = [self.tracer.placeholder(tensor) for tensor in start]
@@ -154,8 +162,8 @@ class TracedRecording:
             self.start = self.recording.started(*start)
         if self.tracer is not None:
             self._length = len(self.tracer.trace.operations)
-        if self.tracer is not None and self.tracer.trace.obstacles:
-            self.obstacle = self.tracer.trace.obstacles[0]
+        if self.tracer is not None and self.tracer.trace.reasons_not_replayable:
+            self.reason_not_replayable = self.tracer.trace.reasons_not_replayable[0]
 
 
 def _random_states() -> tuple[Any, ...]:
@@ -165,16 +173,18 @@ def _random_states() -> tuple[Any, ...]:
 
 
 class _Traced:
-    def __init__(self, tracer: Tracer, avoided: frozenset[str]) -> None:
-        self._tracer, self._avoiding = tracer, avoiding(avoided)
+    """Context manager in which operations are appended to a trace, with some shortcuts disabled."""
+
+    def __init__(self, tracer: Tracer, disabled_shortcuts: frozenset[str]) -> None:
+        self._tracer, self._guard = tracer, without_shortcuts(disabled_shortcuts)
 
     def __enter__(self) -> None:
-        self._avoiding.__enter__()
+        self._guard.__enter__()
         self._tracer.__enter__()
 
     def __exit__(self, *error: Any) -> None:
         self._tracer.__exit__(*error)
-        self._avoiding.__exit__(*error)
+        self._guard.__exit__(*error)
 
 
 class PlannedMeasure(RelevanceMeasure):
@@ -182,9 +192,10 @@ class PlannedMeasure(RelevanceMeasure):
 
     Args:
         settings: The settings of the plan.
-        programs: The programs for calls of this form.
-        call: Function that creates the call of the model.
-        tensors: The tensors of the call.
+        programs: The compiled programs for model calls with these shapes and settings.
+        make_call: Function that returns the arguments of the model call and, if a difference is explained, the
+            reference.
+        tensors: The tensors among these arguments.
         target: As in :class:`~nrm_plugin.RelevanceMeasure`.
         start: As in :class:`~nrm_plugin.RelevanceMeasure`.
         against: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -195,14 +206,14 @@ class PlannedMeasure(RelevanceMeasure):
         self,
         settings: Settings,
         programs: Programs,
-        call: Callable[[], tuple[Call, Reference | None]],
+        make_call: Callable[[], tuple[Call, Reference | None]],
         tensors: list[Tensor],
         target: Any,
         start: Any,
         against: Any = None,
         recorded: TracedRecording | None = None,
     ) -> None:
-        self._settings, self._programs, self._call, self._tensors = settings, programs, call, tensors
+        self._settings, self._programs, self._make_call, self._tensors = settings, programs, make_call, tensors
         self._versions = [tensor._version for tensor in tensors]
         self._max_memory = settings.max_memory
         self.composite = settings.composite
@@ -224,7 +235,7 @@ class PlannedMeasure(RelevanceMeasure):
             try:
                 outputs, state = latest.forward(self._tensors)
             except ChangedValueError as error:
-                self._call()  # raises an error if the inputs are invalid, in which case the program is kept
+                self._make_call()  # raises an error if the inputs are invalid, in which case the program is kept
                 self._programs.reject(error)
             else:
                 self._state = (latest, state)
@@ -232,16 +243,16 @@ class PlannedMeasure(RelevanceMeasure):
         if self._recorded is None:
             self._recorded = self._record()
         if self._recorded.recording.parts is not None:
-            self._programs.obstacle = self._recorded.obstacle
+            self._programs.reason_not_replayable = self._recorded.reason_not_replayable
         return self._recorded.outputs
 
     def _record(self, is_traced: bool = True) -> TracedRecording:
         programs = self._programs
         programs.recordings += 1
         self._totals_once = None  # from another recording, and therefore a constant in the trace of this one
-        avoided = programs.avoided if is_traced and not programs.obstacle else None
+        disabled = programs.disabled_shortcuts if is_traced and not programs.reason_not_replayable else None
         with torch.enable_grad(), uncollected():
-            return TracedRecording(self._settings, self._call, self._tensors, avoided)
+            return TracedRecording(self._settings, self._make_call, self._tensors, disabled)
 
     @property
     def outputs(self) -> Tensor:
@@ -303,16 +314,16 @@ class PlannedMeasure(RelevanceMeasure):
         recorded = self._recorded
         if recorded.start is None:
             recorded.begin(self._planned.start)
-        if recorded.obstacle:
-            self._programs.obstacle = recorded.obstacle
+        if recorded.reason_not_replayable:
+            self._programs.reason_not_replayable = recorded.reason_not_replayable
             return self._computed(method, args, kwargs)
-        before = 0 if recorded.tracer is None else len(recorded.tracer.trace.obstacles)
+        before = 0 if recorded.tracer is None else len(recorded.tracer.trace.reasons_not_replayable)
         if recorded.queries is not None:
             recorded.queries.tracer.query = len(recorded.queries.results) + 1
         answer = self._computed(method, args, kwargs)
         if recorded.tracer is not None and recorded.queries is not None:
             self._programs.add(key, recorded.queries, answer, self.cost)
-            del recorded.tracer.trace.obstacles[before:]
+            del recorded.tracer.trace.reasons_not_replayable[before:]
         return answer
 
     def _computed(self, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Programs: simplified traces, compiled to functions of tensors."""
+"""Programs: traces (lists of tensor operations) that were simplified and compiled to functions of tensors."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..measure.marginals import copied
 from ..model.autocast import exact
+from ..model.devices import on_one_device
 from .simplify import Simplifier
 from .trace import Operation, Trace, Value, needed
 
@@ -21,10 +22,10 @@ aten = torch.ops.aten
 
 
 class ChangedValueError(Exception):
-    """Raised if a value on which a traced computation depends is different for the current inputs.
+    """Raised if a replay reads a number or shape that differs from the one during recording.
 
     Attributes:
-        reads: The lines of code that read these values.
+        reads: The lines of code that read these values, or the shortcuts whose conditions depend on them.
     """
 
     def __init__(self, reads: list[str]) -> None:
@@ -33,12 +34,13 @@ class ChangedValueError(Exception):
 
 
 class Program:
-    """Compiled trace with two stages: from inputs to outputs, and from the relevance of outputs to query results.
+    """Tensor operations of a forward pass and its queries, simplified and compiled to two functions.
 
-    All queries share the first stage.
+    The first stage computes the outputs from the inputs and is shared by all queries. The second stage computes the
+    results of a query from the relevance of the outputs.
 
     Args:
-        trace: The trace of both stages.
+        trace: The traced operations of both stages.
         inputs: Indices of the inputs.
         outputs: Indices of the tensors returned by the first stage.
         start: Indices of the tensors that start the second stage, such as the relevance of the outputs.
@@ -48,14 +50,14 @@ class Program:
         operations: Operations that remain after simplification.
         constants: The constant tensors that the operations read, keyed by index.
         until: Number of operations in the first stage.
-        is_shareable: Whether several queries may use the same state.
-        size: Size of the state in bytes.
+        is_shareable: Whether several queries may read the same state (tensors kept from the first stage).
+        size: Size of this state in bytes.
         inputs: Indices of the inputs in the simplified trace.
         outputs: Indices of the outputs in the simplified trace.
         start: Indices of the start tensors in the simplified trace.
         results: Indices of the results in the simplified trace.
-        obstacle: Reason why the operations cannot be replayed, or an empty string. If it is not empty, no other
-            attribute is set.
+        reason_not_replayable: Reason why the operations cannot be replayed, or an empty string. If it is not empty, no
+            other attribute is set.
     """
 
     def __init__(
@@ -67,8 +69,8 @@ class Program:
         results: Sequence[Sequence[int]],
     ) -> None:
         simple = Simplifier(trace, [*outputs, *(number for some in results for number in some)])
-        self.obstacle = simple.obstacle
-        if self.obstacle:
+        self.reason_not_replayable = simple.reason_not_replayable
+        if self.reason_not_replayable:
             return
         renamed = iter(simple.results)
         self.operations, self.constants = simple.operations, simple.constants
@@ -93,7 +95,7 @@ class Program:
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[Any]]:
         """Runs the first stage. Returns the outputs and the state, the tensors that the second stage reads."""
-        with _plain(inputs[0].device):
+        with _plain():
             outputs, state, checks = _run(self._forward, *inputs)
         _check(checks)
         return outputs, list(state)
@@ -112,7 +114,7 @@ class Program:
         Returns:
             The results of the query.
         """
-        with _plain(start[0].device):
+        with _plain():
             for at in self._overwritten[query] if is_kept else ():
                 state[at] = copied(state[at])
             results, checks = _run(self._relevance[query], state, *start)
@@ -167,14 +169,13 @@ def _run(stage: Callable[..., Any], *args: Any) -> Any:
 
 
 @contextmanager
-def _plain(device: torch.device) -> Iterator[None]:
+def _plain() -> Iterator[None]:
     """Context manager in which operations run exactly as traced, whatever the modes of the caller."""
     with (
         torch.inference_mode(False),
         torch.no_grad(),
         torch._C.DisableTorchFunction(),
-        torch.autocast(device.type, enabled=False),
-        exact(device),
+        exact(),
     ):
         yield
 
@@ -223,7 +224,7 @@ def _check(checks: Sequence[tuple[Any, Any, str]]) -> None:
     tensors = [value for value, _, _ in checks if isinstance(value, Tensor)]
     if any(one.dtype is not torch.bool for one in tensors):
         tensors = [one.double() for one in tensors]
-    values = iter(torch.stack(tensors).tolist() if tensors else ())
+    values = iter(torch.stack(on_one_device(tensors)).tolist() if tensors else ())
     bad = []
     for value, expected, origin in checks:
         if not _is_same(next(values) if isinstance(value, Tensor) else value, expected):

@@ -1,4 +1,4 @@
-"""The Python objects on which a plan depends. The model reads them besides parameters and buffers."""
+"""Detection of changes to Python objects that the model reads besides its parameters and buffers."""
 
 from __future__ import annotations
 

@@ -27,10 +27,10 @@ _REDUCTIONS = frozenset(map(id, [aten.sum.dim_IntList, aten.mean.dim, aten.amin.
 
 
 class ViewRemover:
-    """Pass over a trace after which operations read tensors in their original shape, before views and broadcasting.
+    """Rewrites a trace so that operations read tensors in their original shape, without views or broadcasting.
 
     Args:
-        trace: The trace, to which tensors of a new shape are added.
+        trace: The trace (list of tensor operations) to rewrite. Reshaped tensors are added to it.
     """
 
     def __init__(self, trace: Trace) -> None:

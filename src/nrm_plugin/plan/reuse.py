@@ -1,4 +1,4 @@
-"""Automatic plans: the first measures are recorded, and a plan is created once inputs of the same form recur."""
+"""Automatic plans: the first measures are recorded, and a plan is created once inputs of the same shapes recur."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MEMORY = 1 << 30
 
 
 class Measures:
-    """Factory of measures, which creates a plan once inputs of the same form recur.
+    """Creates measures as :class:`~nrm_plugin.RelevanceMeasure` does, by a plan once inputs of the same shapes recur.
 
     It is called with the arguments of :class:`~nrm_plugin.RelevanceMeasure`. The first measures for inputs of one form
     (shapes and dtypes) are recorded; later inputs of this form use a plan, with the same results up to rounding. A plan

@@ -23,10 +23,10 @@ STORED = 1 << 14
 
 
 class Simplifier:
-    """Simplified form of a trace: the operations needed to compute given results.
+    """Simplified form of a trace: only the operations that are needed to compute given results.
 
     Args:
-        trace: The trace to simplify.
+        trace: The trace (list of tensor operations) to simplify.
         results: Indices of the result tensors.
 
     Attributes:
@@ -34,8 +34,8 @@ class Simplifier:
         operations: The remaining operations, in order.
         constants: The constants that the operations read, keyed by index.
         results: Indices of the result tensors.
-        obstacle: Reason why the operations cannot be replayed, or an empty string. If it is not empty, there are no
-            operations.
+        reason_not_replayable: Reason why the operations cannot be replayed, or an empty string. If it is not empty,
+            there are no operations.
     """
 
     def __init__(self, trace: Trace, results: list[int]) -> None:
@@ -43,14 +43,14 @@ class Simplifier:
         self.constants: dict[int, Tensor] = dict(trace.constants)
         self.results: list[int] = []
         operations = needed(trace.operations, results, self.trace.memory)
-        self.obstacle = next(filter(None, map(self._overwritten, operations)), "")
-        if not self.obstacle:
+        self.reason_not_replayable = next(filter(None, map(self._overwritten, operations)), "")
+        if not self.reason_not_replayable:
             # After folding, a tensor that depends only on the shape of random numbers is a constant.
             operations = needed(self._folded(operations), results, self.trace.memory)
-            self.obstacle = next(
+            self.reason_not_replayable = next(
                 (f"the model draws random numbers ({o.function})" for o in operations if is_drawn(o)), ""
             )
-        if self.obstacle:
+        if self.reason_not_replayable:
             self.operations, self.constants = [], {}
             return
         operations, self.results = self._merged(operations, results)
@@ -63,7 +63,7 @@ class Simplifier:
         self.constants = {number: value for number, value in self.constants.items() if number in read}
 
     def _overwritten(self, one: Operation) -> str:
-        """Returns the obstacle if an operation writes to an input or a weight, and otherwise an empty string."""
+        """Returns why an operation cannot be replayed: it writes to an input or a weight. Empty if it can."""
         given = (self.trace.memory(number) for number in one.writes)
         if any(number in self.constants or number in self.trace.placeholders for number in given):
             return f"the model overwrites one of its inputs or weights ({one.function})"

@@ -21,7 +21,7 @@ _Groups = dict[Any, tuple[list[Tensor], list[Tensor]]]
 
 
 class TensorSums:
-    """Weighted sums of all elements of tensors, which detect changes in one pass over the memory.
+    """Weighted sums of all elements of tensors, compared later to detect changes in one pass over the memory.
 
     The weights are random and of both signs. Exchanging elements thus also changes a sum. Small tensors, integer
     tensors, and tensors whose sums are not finite are compared element by element.

@@ -1,4 +1,4 @@
-"""Traces: the tensor operations of a computation, as a flat list, with an index for every tensor."""
+"""Traces: the tensor operations executed in a computation, as a flat list, with an index for every tensor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Value:
-    """Placeholder for the tensor of a trace with index ``number``."""
+    """Placeholder in the arguments of a traced operation for the tensor with index ``number``."""
 
     __slots__ = ("number",)
 
@@ -33,19 +33,20 @@ UNKNOWN: Any = object()
 
 @dataclass(slots=True)
 class Operation:
-    """Operation of a trace.
+    """One tensor operation in a trace.
 
     Attributes:
-        function: The called operator.
+        function: The torch operator that was called.
         args: Positional arguments, with a :class:`Value` in place of each tensor.
         kwargs: Keyword arguments, with a :class:`Value` in place of each tensor.
         results: Indices of the returned tensors, with None in place of other return values.
         is_sequence: Whether the operation returned several tensors.
         writes: Indices of the overwritten tensors.
-        expected: The returned number or boolean, on which the computation may depend, or None if tensors were
-            returned.
-        shapes: The shapes of the results if they depend on values, or None.
-        origin: For ``expected`` and ``shapes``, the shortcut that was taken, or the line of code that read the value.
+        expected: Python number or boolean that the operation returned during recording, or None if it returned tensors.
+            A replay must reproduce it, because the computation may depend on it.
+        shapes: Shapes of the results if they depend on values, or None. A replay must reproduce them.
+        origin: Where ``expected`` or ``shapes`` was needed: the shortcut (a computation that is valid only under a
+            condition on values) whose condition was evaluated, or the line of code that read the value.
         reads: Indices of the tensors among the arguments.
         query: Index of the query that executed the operation, or 0 for the recording.
     """
@@ -126,16 +127,16 @@ def mapped(change: Callable[[Any], Any], value: Any) -> Any:
 
 @dataclass
 class Trace:
-    """Recorded tensor operations of a computation.
+    """Tensor operations executed in a computation, which can be replayed for other input values.
 
     Attributes:
         operations: The operations, in order.
-        constants: Tensors that do not depend on placeholders, keyed by index.
-        placeholders: Indices of the tensors that differ between runs.
+        constants: Tensors that are the same in every replay, keyed by index.
+        placeholders: Indices of the tensors that every replay supplies, such as the inputs.
         forms: Shape, strides, offset, dtype and device of each tensor, and whether it is conjugated or negated.
         aliases: Index of the earlier tensor with which each tensor may share memory.
         count: Number of tensors.
-        obstacles: Reasons why the operations cannot be replayed for other values.
+        reasons_not_replayable: Reasons why the operations cannot be replayed for other values.
     """
 
     operations: list[Operation] = field(default_factory=list)
@@ -144,7 +145,7 @@ class Trace:
     forms: dict[int, Any] = field(default_factory=dict)
     aliases: dict[int, int] = field(default_factory=dict)
     count: int = 0
-    obstacles: list[str] = field(default_factory=list)
+    reasons_not_replayable: list[str] = field(default_factory=list)
 
     def memory(self, number: int) -> int:
         """Returns the index of the first tensor that may share memory with a tensor. It identifies the memory."""

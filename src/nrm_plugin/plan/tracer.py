@@ -1,4 +1,4 @@
-"""Tracing of tensor operations below autograd, independent of hooks, kernels and queries."""
+"""Tracing of the tensor operations that torch executes below autograd, whatever code calls them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ aten = torch.ops.aten
 
 @dataclass(slots=True, eq=False)
 class _Memory:
-    """Block of memory shared by tensors of a trace.
+    """Block of memory that several tensors of a trace share, as a tensor and its views do.
 
     Attributes:
         root: Index of the first tensor in the block.
         is_traced: Whether operations of the trace write to the block. Otherwise, it is constant.
-        views: The known tensors in this memory, keyed by form.
+        views: The known tensors in this memory, keyed by shape, strides, offset and dtype.
         reference: A weak reference that prevents the id of the memory from being reused.
         copy: Index of a flat tensor of the whole memory, created when a constant is overwritten, or None.
         is_overwritten: Whether the block contains an overwritten weight or buffer. Constants in it are then copies.
@@ -50,7 +50,8 @@ class Tracer(TorchDispatchMode):
 
     Attributes:
         trace: The trace to which operations are appended.
-        shortcut: Name of the shortcut whose condition is being evaluated.
+        shortcut: Name of the shortcut (a computation that is valid only under a condition on values) whose condition is
+            being evaluated.
         query: Index of the query in progress; 0 during the recording.
     """
 
@@ -164,7 +165,9 @@ class Tracer(TorchDispatchMode):
         else:
             trace.aliases[value.number] = memory.root
             if not is_traced and memory.is_traced:
-                trace.obstacles.append("a tensor shares memory with computed values in a way that was not traced")
+                trace.reasons_not_replayable.append(
+                    "a tensor shares memory with computed values in a way that was not traced"
+                )
         memory.views[form] = value
         self._tensors[id(tensor)] = (weakref.ref(tensor), value, memory)
         return value
@@ -327,7 +330,7 @@ class _Facts:
     """Properties of an operation that determine how it is traced.
 
     Attributes:
-        function: The operation.
+        function: The traced tensor operation.
         writes: Position and name of the overwritten arguments.
         is_recorded: Whether the operation is traced even if it reads only constants.
         makes_memory: Whether the results may be in newly allocated memory.
@@ -412,9 +415,9 @@ class EscapeWatch(TorchFunctionMode):
             self._note("values of tensors in a list, which became a tensor", _list_entries(args))
         return function(*args, **(kwargs or {}))
 
-    def _note(self, obstacle: str, values: Any) -> None:
+    def _note(self, reason: str, values: Any) -> None:
         if not ACTIVE.audits and any(self._tracer.varies(tensor) for tensor in tensors_in(values)):
-            self._tracer.trace.obstacles.append(obstacle)
+            self._tracer.trace.reasons_not_replayable.append(reason)
 
 
 def _list_entries(args: Any) -> list[Any]:

@@ -19,8 +19,8 @@ from ..measure.flow_heat_maps import NodeMaps
 from .flow_caption import Walks, flow_caption, named_walks
 from .flow_columns import has_off, region_name
 from .flow_finding import flow_finding
-from .flow_key import SIGNS, key_text
 from .flow_layout import flow_scene
+from .flow_legend import SIGNS, key_text
 from .flow_notes import Counts, Pairs, standing_out
 from .flow_parts import Band, Box, DrawnNode, Label, Scene
 from .flow_thumbnails import (
@@ -110,7 +110,7 @@ def flow_figure(
     if scene.photo is not None and photo is not None:
         _draw_pixels(axes, scene.photo, photo_pixels(photo, thumbnails))
         _draw_regions(axes, scene.photo, photo, graph)
-    for label in scene.labels:
+    for label in (*scene.labels, *scene.legend):
         _draw_label(axes, label, palette)
     return figure
 
@@ -144,7 +144,6 @@ def scene_of(
             graph,
             walks,
             is_cropped(thumbnails),
-            bool(notes),
             has_blue(thumbnails),
         ),
         width,

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
 from .flow_columns import node_name
-from .flow_finding import groups_of, leading, listed, members_of, target_name
+from .flow_finding import groups_of, leading, listed, members_of, sign_of, target_name
 from .ribbons import percent
 
 NO_BREAK = "\u00a0"
@@ -79,9 +79,9 @@ def _parts(graph: FlowGraph, target: str, areas: Mapping[str, float], places: Ma
     """States which nodes of the lowest layer carry most of the relevance."""
     if not graph.layers:
         return ""
-    lower = graph.layers[-1]
+    lower, sign = graph.layers[-1], sign_of(graph)
     nodes = groups_of(lower)
-    chosen = [node for node in leading(lower) if node.mass >= WORTH_SAYING]
+    chosen = [node for node in leading(lower, sign) if sign * node.mass >= WORTH_SAYING]
     verb = "comes from" if lower.name == "input" else "passes through"
     link = verb.split()[1]
     sources = []
@@ -98,13 +98,13 @@ def _parts(graph: FlowGraph, target: str, areas: Mapping[str, float], places: Ma
 
 def _densest(graph: FlowGraph, areas: Mapping[str, float]) -> str:
     """Names the image part with the most relevance per area, unless it also has the most relevance."""
-    nodes = groups_of(graph.layers[-1]) if graph.layers else []
-    known = [node for node in nodes if areas.get(node.key, 0.0) > 0 and node.mass >= WORTH_SAYING]
+    nodes, sign = groups_of(graph.layers[-1]) if graph.layers else [], sign_of(graph)
+    known = [node for node in nodes if areas.get(node.key, 0.0) > 0 and sign * node.mass >= WORTH_SAYING]
     if len(known) < 2:
         return ""
-    densest = max(known, key=lambda node: node.mass / areas[node.key])
-    ratio = densest.mass / areas[densest.key]
-    if densest is max(known, key=lambda node: node.mass) or ratio < DENSE:
+    densest = max(known, key=lambda node: sign * node.mass / areas[node.key])
+    ratio = sign * densest.mass / areas[densest.key]
+    if densest is max(known, key=lambda node: sign * node.mass) or ratio < DENSE:
         return ""
     return f"Relevance is densest in {_unbroken(named(densest, graph))}: {ratio:.2g} times its share of the area."
 
@@ -174,7 +174,7 @@ def _strongest_walks(graph: FlowGraph, walks: Walks) -> str:
         most = percent(walks[0][1])
         return f"No single walk ({PATH}) stands out: the strongest of {count} from {lowest} to the output has {most}."
     verb = "is" if len(said) == 1 else "are"
-    even = f"an even split would give each {percent(1 / count)}"
+    even = f"an even split would give each {percent(sign_of(graph) / count)}"
     return f"The strongest of {count} walks ({PATHS}) from {lowest} to the output {verb} {listed(said)}; {even}."
 
 
@@ -199,11 +199,13 @@ def _narrow_ribbons(graph: FlowGraph, walks: Walks) -> list[str]:
 
 
 def _against(graph: FlowGraph, target: str) -> str:
+    """Names the groups with the most relevance of the sign opposite to the total, in the layer that has the most."""
+    sign = sign_of(graph)
     groups = [node for layer in graph.layers[1:] for node in layer.nodes if node.kind == "group"]
-    against = sorted((node for node in groups if node.mass <= -WORTH_SAYING), key=lambda node: node.mass)
-    worst = [node for node in against if node.layer == against[0].layer][:NAMED]
+    opposed = sorted((node for node in groups if sign * node.mass <= -WORTH_SAYING), key=lambda node: sign * node.mass)
+    worst = [node for node in opposed if node.layer == opposed[0].layer][:NAMED]
     said = [f"{named(node, graph)} with {percent(node.mass)}" for node in worst]
-    return f"Against it: {listed(said)}." if said else ""
+    return f"{'Against' if sign > 0 else 'For'} {target}: {listed(said)}." if said else ""
 
 
 def _elsewhere(graph: FlowGraph) -> list[str]:

@@ -9,6 +9,7 @@ import numpy as np
 from ..measure.flow_graph import FlowError, FlowGraph, FlowLayer, FlowNode
 from .arrays import Array
 from .flow_order import column_orders
+from .ribbons import percent
 
 MAX_GROUPS = 40
 """Maximum number of groups per layer in a figure."""
@@ -96,6 +97,22 @@ def node_name(node: FlowNode) -> str:
     return f"{NUMBERED.get(node.layer, 'channel')} {node.label}"
 
 
+def layer_note(layer: FlowLayer, is_difference: bool = False) -> str:
+    """Returns the number and mass of the shown groups of a layer, such as ``3 of 6: 80%`` or ``all 6: 100%``.
+
+    For the difference between two flows, masses sum to zero and are left out.
+    """
+    if not layer.groups:
+        return "no relevance crosses it"
+    if is_difference:
+        return f"{len(layer.groups)} of {len(layer.groups) + layer.others}" if layer.others else ""
+    shown, share = len(layer.groups), percent(round(sum(layer.masses), 5))
+    is_only = shown == 1 and layer.name == "output" and abs(layer.rest) < LEAST_REST  # the explained class
+    if not layer.others or is_only:
+        return share if shown == 1 else f"all {shown}: {share}"
+    return f"{shown} of {shown + layer.others}: {share}"
+
+
 def region_name(node: FlowNode) -> str:
     """Returns the name of an input region as displayed in the photograph, where a number is enough."""
     return node_name(node).removeprefix("part ").removeprefix("group ")
@@ -109,6 +126,7 @@ __all__ = [
     "has_off",
     "has_rests",
     "is_difference",
+    "layer_note",
     "node_name",
     "region_name",
     "tone_of",

@@ -24,17 +24,21 @@ Places = Mapping[str, str]
 """Location of each input node in the image, such as "upper left", keyed by node."""
 
 
-def flow_finding(graph: FlowGraph, target: str = "", places: Places | None = None) -> str:
+def flow_finding(
+    graph: FlowGraph, target: str = "", places: Places | None = None, areas: Mapping[str, float] | None = None
+) -> str:
     """Returns a sentence about the main sources of relevance and the main nodes of a layer through which it passes.
 
     Each number is the sum of the masses of the named nodes, which the figure shows. Among the layers between the lowest
     layer and the output, the sentence describes the one in which the fewest nodes hold half of the relevance. If most
-    of the relevance passes through nodes that are not shown, it says so.
+    of the relevance passes through nodes that are not shown, it says so. If the masses sum to -1, because the explained
+    output is behind another one, the sentence is about the evidence against it.
 
     Args:
         graph: Flow graph to describe.
         target: Name of the explained output; by default, the name of the only output node.
         places: Location of each input node in the image, such as "upper left", keyed by node.
+        areas: Fraction of the image that each input node covers, keyed by node.
 
     Returns:
         The sentence, without a full stop. It is empty for a difference between two flows, and if the lowest layer has
@@ -48,21 +52,23 @@ def flow_finding(graph: FlowGraph, target: str = "", places: Places | None = Non
     """
     if not graph.layers or not graph.layers[-1].groups or is_difference(graph):
         return ""
-    lowest = graph.layers[-1]
+    lowest, sign, name = graph.layers[-1], sign_of(graph), target or target_name(graph)
     verb = "comes from" if lowest.name == "input" else THROUGH
-    clauses = [_clause(lowest, f"of {target or target_name(graph)} {verb}", places or {})]
+    start = f"Evidence against {name} prevails: " if sign < 0 else ""
+    says = verb if sign < 0 else f"of {name} {verb}"
+    clauses = [_clause(lowest, says, _notes(lowest, sign, places or {}, areas or {}), sign)]
     between = [layer for layer in graph.layers[:-1] if layer.name != "output" and layer.groups]
     if between:
-        layer = max(between, key=_concentration)
-        clauses.append(_clause(layer, THROUGH, {}))
-    return ", and ".join(clauses)
+        layer = max(between, key=lambda layer: _concentration(layer, sign))
+        clauses.append(_clause(layer, THROUGH, "", sign))
+    return start + ", and ".join(clauses)
 
 
 def difference_finding(graph: FlowGraph, first: str, second: str, places: Places | None = None) -> str:
-    """Returns a sentence about where two flows differ most, or how little they differ.
+    """Returns a sentence that says where two flows differ most, or that they barely differ.
 
     Args:
-        graph: The first flow minus the second.
+        graph: Flow graph of the difference, first minus second.
         first: Name of the first flow. Red shows where it is larger.
         second: Name of the second flow. Blue shows where it is larger.
         places: As in :func:`flow_finding`.
@@ -109,37 +115,58 @@ def together(names: Sequence[str]) -> str:
     return f"{words.pop()}s {listed([match['number'] for match in matches if match])}"
 
 
-def leading(layer: FlowLayer) -> list[FlowNode]:
-    """Returns the fewest groups of a layer that hold half of the relevance, or the largest ones if many are needed."""
+def sign_of(graph: FlowGraph) -> int:
+    """Returns -1 if the masses of each layer sum to -1, because the explained output is behind another one, else 1."""
+    return -1 if graph.layers and sum(node.mass for node in graph.layers[0].nodes) < -0.5 else 1
+
+
+def leading(layer: FlowLayer, sign: int = 1) -> list[FlowNode]:
+    """Returns the fewest groups of a layer that hold half of the relevance, or the largest ones if many are needed.
+
+    Args:
+        layer: The layer.
+        sign: Sign of the total relevance, see :func:`sign_of`.
+    """
     chosen: list[FlowNode] = []
-    for node in sorted(groups_of(layer), key=lambda node: -node.mass)[:NAMED]:
-        if chosen and (node.mass <= 0 or sum(one.mass for one in chosen) >= HALF):
+    for node in sorted(groups_of(layer), key=lambda node: -sign * node.mass)[:NAMED]:
+        if chosen and (sign * node.mass <= 0 or sign * sum(one.mass for one in chosen) >= HALF):
             break
         chosen.append(node)
     return chosen
 
 
-def _concentration(layer: FlowLayer) -> tuple[bool, int, float]:
+def _concentration(layer: FlowLayer, sign: int) -> tuple[bool, int, float]:
     """Sort key that ranks layers by how few nodes hold half of the relevance and then by how much they hold."""
-    nodes = leading(layer)
-    total = sum(node.mass for node in nodes)
+    nodes = leading(layer, sign)
+    total = sign * sum(node.mass for node in nodes)
     return total >= HALF, -len(nodes), total
 
 
-def _clause(layer: FlowLayer, says: str, places: Places) -> str:
+def _clause(layer: FlowLayer, says: str, notes: str, sign: int) -> str:
     """Describes the main nodes of a layer and their total mass, or the mass of the hidden nodes."""
     of_layer = "" if layer.name == "input" else f" of {layer.name}"
-    if layer.others and layer.rest >= HALF:
+    if layer.others and sign * layer.rest >= HALF:
         return f"{percent(layer.rest)} {says} the {layer.others} {members_of(layer)}{of_layer} that are not shown"
-    if layer.bypass >= HALF:
+    if sign * layer.bypass >= HALF:
         return f"{percent(layer.bypass)} {says.removesuffix(THROUGH)}bypasses {layer.name}"
-    nodes = leading(layer)
-    where = list(dict.fromkeys(places[node.key] for node in nodes if node.key in places))
-    note = f" ({', '.join(where)})" if where else ""
+    nodes = leading(layer, sign)
     said = f"{percent(sum(node.mass for node in nodes))} {says} {together([node_name(node) for node in nodes])}"
-    worst = min(groups_of(layer), key=lambda node: node.mass)
-    against = f", against {percent(worst.mass)} from {node_name(worst)}" if worst.mass <= AGAINST else ""
-    return f"{said}{note}{of_layer}{against}"
+    worst = min(groups_of(layer), key=lambda node: sign * node.mass)
+    against = f", against {percent(worst.mass)} from {node_name(worst)}" if sign * worst.mass <= AGAINST else ""
+    return f"{said}{notes}{of_layer}{against}"
+
+
+def _notes(layer: FlowLayer, sign: int, places: Places, areas: Mapping[str, float]) -> str:
+    """Returns the locations and the total area of the main nodes of a layer in parentheses, as far as they are known.
+
+    There is one location for each node, in the same order, unless all nodes have the same location.
+    """
+    keys = [node.key for node in leading(layer, sign)]
+    where = [places[key] for key in keys if places.get(key)]
+    where = where if len({*where}) > 1 and len(where) == len(keys) else list(dict.fromkeys(where))
+    covered = f"{round(100 * sum(areas[key] for key in keys))}% of the area" if {*keys} <= {*areas} else ""
+    notes = "; ".join(filter(None, (", ".join(where), covered)))
+    return f" ({notes})" if notes else ""
 
 
 def members_of(layer: FlowLayer) -> str:
@@ -160,6 +187,7 @@ __all__ = [
     "leading",
     "listed",
     "members_of",
+    "sign_of",
     "target_name",
     "together",
 ]

@@ -21,14 +21,15 @@ from .flow import curve, scene_of
 from .flow_caption import Walks, flow_caption, walk_name
 from .flow_columns import node_name, region_name
 from .flow_finding import flow_finding
-from .flow_key import SIGNS
+from .flow_legend import SIGNS
 from .flow_notes import Counts, Pairs, counted
 from .flow_parts import Band, DrawnNode, Label, Scene
 from .flow_thumbnails import NodeThumbnails, Photo, Pixels, node_thumbnails, painted, photo_pixels, region_places
 from .ribbons import DARK, LIGHT, Palette, percent
 
-WIDTH = 12.0
-"""Nominal width of the drawing in inches, the reference for font sizes. The page scales it to the window."""
+WIDTH, COLUMN = 10.0, 2.0
+"""Nominal width of the drawing and least width per layer in inches, the references for font sizes. The page scales the
+drawing to the window."""
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 """Content security policy that makes the browser block all network requests of the page."""
 
@@ -74,12 +75,13 @@ def sankey(
     """
     photo = image if isinstance(image, Photo) or image is None else Photo(image)
     thumbnails = node_thumbnails(graph, maps or {}, photo)
-    width = max(WIDTH, 2.4 * len(graph.layers))
+    width = max(WIDTH, COLUMN * len(graph.layers))
     scene = scene_of(graph, "", "", thumbnails, None, width, signs, maps_at, pairs=pairs, counts=counts, finding="")
     said = flow_caption(graph, walks=walks) if caption is None else caption
     title = flow_finding(graph) if finding is None else finding
-    data = json.dumps(_data(graph, scene, pairs or {}, walks), allow_nan=False).replace("<", "\\u003c")
-    names = {node.node.key: node for node in scene.nodes}
+    names = {node.key: node_name(counted(node, counts or {})) for node in graph.nodes}
+    data = json.dumps(_data(graph, scene, names, pairs or {}, walks), allow_nan=False).replace("<", "\\u003c")
+    nodes = {node.node.key: node for node in scene.nodes}
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">',
@@ -90,14 +92,15 @@ def sankey(
         if title
         else f"<div>\n<h1>{escape(heading)}</h1>\n<p>{escape(said)}</p>",
         f"{_listed_walks(graph, walks)}{CONTROLS}\n</div>\n</header>",
-        f'<svg id="flow" viewBox="0 0 {scene.width:.1f} {scene.height:.1f}" role="group" aria-label="flow">',
+        f'<svg id="flow" viewBox="0 0 {scene.width:.1f} {scene.bottom:.1f}" role="group" aria-label="flow">',
         DEFINITIONS,
         *(_text(label) for label in scene.labels),
         '<g class="bands">',
-        *(_band(number, band, names) for number, band in enumerate(scene.bands)),
+        *(_band(number, band, nodes) for number, band in enumerate(scene.bands)),
         "</g>",
-        *(_node(node, thumbnails) for node in scene.nodes),
-        f"</svg>\n{_table(graph, counts or {})}\n</main>",
+        *(_node(node, names[node.node.key], thumbnails) for node in scene.nodes),
+        f'</svg>\n<p class="legend">{escape(" ".join(line.text for line in scene.legend))}</p>',
+        f"{_table(graph, counts or {})}\n</main>",
         '<div id="tip" hidden></div>',
         f'<script type="application/json" id="data">{data}</script>',
         f"<script>\n{_resource('flow_page.js')}</script>\n</body>\n</html>\n",
@@ -177,7 +180,8 @@ def _listed_walks(graph: FlowGraph, walks: Walks) -> str:
         return ""
     said = [f"{escape(walk_name(graph, keys))}: {percent(mass)}" for keys, mass in walks]
     items = [f'<li><button type="button" data-walk="{number}">{text}</button></li>' for number, text in enumerate(said)]
-    return f'<details open class="walks"><summary>Strongest walks</summary><ol>{"".join(items)}</ol></details>\n'
+    summary = "<summary>Strongest walks (point to one to see it)</summary>"
+    return f'<details open class="walks">{summary}<ol>{"".join(items)}</ol></details>\n'
 
 
 def _photograph(photo: Photo, thumbnails: NodeThumbnails | None, graph: FlowGraph) -> str:
@@ -186,7 +190,7 @@ def _photograph(photo: Photo, thumbnails: NodeThumbnails | None, graph: FlowGrap
     height, width = pixels.shape[:2]
     names = {node.key: escape(region_name(node)) for node in graph.nodes}
     marks = [
-        f'<text x="{x * width:.1f}" y="{y * height:.1f}" font-size="{0.055 * width:.1f}">{names.get(key, "")}</text>'
+        f'<text x="{x * width:.1f}" y="{y * height:.1f}" font-size="{0.08 * width:.1f}">{names.get(key, "")}</text>'
         for key, (x, y) in region_places(photo).items()
     ]
     image = f'<image width="{width}" height="{height}" href="{_encoded(pixels)}"/>'
@@ -220,9 +224,9 @@ def _band(number: int, band: Band, nodes: Mapping[str, DrawnNode]) -> str:
     return f'<path class="band {band.tone}" data-band="{number}" d="{path}" opacity="{band.strength}"/>'
 
 
-def _node(node: DrawnNode, thumbnails: NodeThumbnails | None) -> str:
+def _node(node: DrawnNode, name: str, thumbnails: NodeThumbnails | None) -> str:
     box = node.box
-    name = f"{node.node.layer}, {node_name(node.node)}: {percent(node.node.mass)}"
+    name = f"{node.node.layer}, {name}: {percent(node.node.mass)}"
     parts = [
         f'<g class="node" role="button" tabindex="-1" aria-pressed="false" aria-label="{escape(name)}" '
         f'data-key="{escape(node.node.key)}">',
@@ -256,15 +260,15 @@ def _encoded(pixels: Pixels) -> str:
 # -- numbers --------------------------------------------------------------------------------------------------------
 
 
-def _data(graph: FlowGraph, scene: Scene, pairs: Pairs, walks: Walks = ()) -> dict[str, Any]:
+def _data(graph: FlowGraph, scene: Scene, names: Mapping[str, str], pairs: Pairs, walks: Walks = ()) -> dict[str, Any]:
     """Returns the data of the page: nodes with their columns, ribbons, and joint relevance of pairs of nodes."""
     keys = [node.node.key for node in scene.nodes]
     place = {key: number for number, key in enumerate(keys)}
     joint = {(edge.upper.key, edge.lower.key): edge.mass for edge in graph.edges} | dict(pairs)
     return {
         "nodes": [
-            {"key": node.node.key, "name": node_name(node.node), "layer": node.node.layer, "column": node.column,
-             "mass": node.node.mass, "bars": len(node.bars)}
+            {"key": node.node.key, "name": names[node.node.key], "layer": node.node.layer, "column": node.column,
+             "kind": node.node.kind, "mass": node.node.mass, "bars": len(node.bars)}
             for node in scene.nodes
         ],
         "bands": [

@@ -12,9 +12,9 @@ import numpy as np
 
 from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
 from .arrays import Array
-from .flow_columns import drawn_columns, is_difference, node_name, tone_of
-from .flow_notes import HIGH, HIGHS, Counts, counted
-from .flow_parts import BAR, LINE, MARGIN, Band, Box, DrawnNode, Label, Scene, Sizes
+from .flow_columns import drawn_columns, is_difference, layer_note, node_name, tone_of
+from .flow_notes import HIGH, HIGHS, NOTES, Counts, counted
+from .flow_parts import BAR, LEAST_LETTERS, LINE, MARGIN, Band, Box, DrawnNode, Label, Scene, Sizes
 from .flow_text import cut, text_width, wrapped_lines
 from .ribbons import percent
 
@@ -36,8 +36,8 @@ SHORT = 2
 """Maximum number of nodes in a column with room for three-line names."""
 LEAST = 20.0
 """Smallest width of a thumbnail, in points."""
-SMALLER = 0.8
-"""Smallest font-size factor for a note, used to fit a longer version."""
+SMALLEST = 4.5
+"""Smallest font size of names and notes between two bars, in points. Notes that do not fit at this size are omitted."""
 Column = Sequence[tuple[int, FlowNode]]
 Notes = Mapping[str, Sequence[str]]
 
@@ -62,16 +62,17 @@ def flow_scene(
 
     Args:
         graph: Flow graph to lay out.
-        heading: The title.
-        caption: The text below the title.
-        key: The legend below the flow; a note about omitted ribbons is appended to it.
+        heading: Title of the figure. If ``finding`` is given, the heading is a smaller line above it.
+        caption: Text below the title.
+        key: Legend below the flow. A note about omitted ribbons is appended to it.
         width: Width in inches; by default 7.2, or more if there are more than three layers or long columns.
-        thumbnails: The thumbnails, keyed by node; only the keys are used.
+        thumbnails: Thumbnails, keyed by node; only the keys are used.
         ratio: Height-to-width ratio of the thumbnails.
-        photo_ratio: Height-to-width ratio of the photograph next to the caption, or None without a photograph.
-        notes: Alternative notes below the name of each node, from longest to shortest, keyed by node.
+        photo_ratio: Height-to-width ratio of the photograph next to the caption, or None if there is no photograph.
+        notes: Candidate notes to show below the name of each node, keyed by node. The candidates of a node are sorted
+            from longest to shortest, and the longest that fits is shown.
         counts: Number of channels of each group, keyed by node. It is shown where there is enough space.
-        finding: The main finding, which is the title. The heading is then a smaller line above it.
+        finding: The main finding, shown as the title.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
@@ -100,13 +101,23 @@ def flow_scene(
     bottom = max([node.box.bottom for node in nodes], default=top + 20) + 10
     note = f"Ribbons thinner than a hairline, together {percent(omitted)}, are not drawn." if omitted > 1e-3 else ""
     written = " ".join(label.text for node in nodes for label in node.labels)
+    has_notes = any(label.tone == "pale" for node in nodes for label in node.labels)
     terms = [said for said, term in ((HIGHS, HIGH), (CHANNELS, "\u00a0ch.")) if term in written]
+    terms = [NOTES, *terms] if has_notes else terms
     terms += [NUMBERS] if any(sizes.bare) else []
     sentences = " ".join(filter(None, (key, *terms, note)))
-    for line in wrapped_lines(sentences, sizes.width - 2 * MARGIN, 0.9 * sizes.letters):
-        labels.append(Label(MARGIN, bottom + 5, line, 0.9 * sizes.letters, "start", "pale"))
-        bottom += LINE * 0.9 * sizes.letters
-    return Scene(sizes.width, bottom + MARGIN, photo, tuple(labels), tuple(nodes), tuple(bands), unit, omitted)
+    legend = _legend(sentences, bottom, sizes)
+    end = bottom + MARGIN + sum(LINE * label.size for label in legend)
+    return Scene(sizes.width, end, photo, tuple(labels), legend, tuple(nodes), tuple(bands), unit, omitted)
+
+
+def _legend(text: str, top: float, sizes: Sizes) -> tuple[Label, ...]:
+    """Returns the lines of the legend below the flow."""
+    size = sizes.small
+    lines = wrapped_lines(text, sizes.width - 2 * MARGIN, size)
+    return tuple(
+        Label(MARGIN, top + 5 + row * LINE * size, line, size, "start", "pale") for row, line in enumerate(lines)
+    )
 
 
 def _counted(
@@ -182,24 +193,9 @@ def _column_headings(graph: FlowGraph, sizes: Sizes, top: float) -> list[Label]:
             x, anchor = sizes.width - MARGIN, "end"
         size = 1.1 * sizes.letters
         labels.append(Label(x, top + 4, cut(layer.name, room, size, True), size, anchor, "ink", True))
-        note = cut(layer_note(layer, is_difference(graph)), room, 0.9 * sizes.letters)
-        labels.append(Label(x, top + 4 + LINE * size, note, 0.9 * sizes.letters, anchor, "pale"))
+        note = cut(layer_note(layer, is_difference(graph)), room, sizes.small)
+        labels.append(Label(x, top + 4 + LINE * size, note, sizes.small, anchor, "pale"))
     return labels
-
-
-def layer_note(layer: FlowLayer, is_difference: bool = False) -> str:
-    """Returns the number and mass of the shown groups of a layer, such as ``3 of 6: 80%`` or ``all 6: 100%``.
-
-    For the difference between two flows, masses sum to zero and are left out.
-    """
-    if not layer.groups:
-        return "no relevance crosses it"
-    if is_difference:
-        return f"{len(layer.groups)} of {len(layer.groups) + layer.others}" if layer.others else ""
-    shown, share = len(layer.groups), percent(round(sum(layer.masses), 5))
-    if not layer.others:
-        return share if shown == 1 else f"all {shown}: {share}"
-    return f"{shown} of {shown + layer.others}: {share}"
 
 
 # -- positions ------------------------------------------------------------------------------------------------------
@@ -292,7 +288,7 @@ def _placed(
         is_between = any(bar.bottom > inner.bottom for bar, _ in bars)
         labels = _labels(graph, number, node, box, inner.bottom + 1, sizes, is_between)
         if node.key in notes:
-            labels = (*labels, _note(notes[node.key], labels[-1], sizes, number, is_between))
+            labels = (*labels, *_note(notes[node.key], labels[-1], sizes, number, is_between))
         nodes.append(DrawnNode(node, number, box, thumbnail, bars, labels))
         y += height + GAP + space
     return nodes
@@ -334,7 +330,7 @@ def _labels(
         fitting = _fitting(node, room, size, sizes.bare[number])
         texts = {1: [_one_line(node)], 2: [fitting]}.get(sizes.lines[number], fitting.split())
         widest = max((text_width(text, size) for text in texts), default=0.0)
-        size *= float(np.clip(room / max(widest, 1e-6), 0.75, 1.0))
+        size *= float(np.clip(room / max(widest, 1e-6), min(1.0, max(0.75, SMALLEST / size)), 1.0))
     elif number in (0, last) and text_width(node_name(node), size) / 2 > sizes.node(number) / 2 + MARGIN - 2:
         x, anchor = (box.x, "start") if number == 0 else (box.right, "end")
     tone = "ink" if node.kind != "group" or node.mass >= 0 else "negative"
@@ -345,13 +341,16 @@ def _labels(
     return (*labels, Label(x, y + (len(name) + 0.5) * LINE * size, percent(node.mass), size, anchor, tone, True))
 
 
-def _note(texts: Sequence[str], above: Label, sizes: Sizes, number: int, is_between: bool) -> Label:
-    """Returns a label below another one that contains the longest version of a note that fits."""
-    size = 0.9 * above.size
-    room = sizes.sides[number] - 1 if is_between else sizes.node(number) + 0.5 * sizes.gap
-    text = next((text for text in texts if SMALLER * text_width(text, size) <= 0.98 * room), texts[-1])
-    size *= float(np.clip(0.98 * room / max(text_width(text, size), 1e-6), 0.7, 1.0))  # widths are not linear in size
-    return Label(above.x, above.y + LINE * above.size, cut(text, room, size), size, above.anchor, "pale")
+def _note(texts: Sequence[str], above: Label, sizes: Sizes, number: int, is_between: bool) -> tuple[Label, ...]:
+    """Returns a label below another one with the longest version of a note that fits, or nothing if none fits."""
+    size = max(0.9 * above.size, LEAST_LETTERS)
+    room = 0.98 * (sizes.sides[number] - 1 if is_between else sizes.node(number) + 0.5 * sizes.gap)
+    least = max(0.8 * size, SMALLEST)
+    text = next((text for text in texts if text_width(text, least) <= room), "")
+    if not text:
+        return ()
+    size = max(least, size * min(1.0, room / text_width(text, size)))
+    return (Label(above.x, above.y + 0.5 * LINE * (above.size + size), text, size, above.anchor, "pale"),)
 
 
 def _name_lines(name: str, count: int, room: float, size: float) -> list[str]:
@@ -445,4 +444,4 @@ def _middle(node: DrawnNode, side: int) -> float:
     return (min(box.y for box in parts) + max(box.bottom for box in parts)) / 2
 
 
-__all__ = ["HAIRLINE", "flow_scene", "layer_note"]
+__all__ = ["HAIRLINE", "SMALLEST", "flow_scene"]

@@ -7,6 +7,7 @@ const joint = new Map(data.pairs.map(([upper, lower, mass]) => [upper + "," + lo
 const known = new Set(data.known.map(String));
 const labels = nodes.map(node => node.querySelector("text.b")), texts = labels.map(label => label.textContent);
 const masses = data.nodes.map(node => percent(node.mass));
+const START = "Click a node to condition on it.", flow = document.getElementById("flow");
 let given = null;
 
 // Two significant digits, as in the figure.
@@ -38,6 +39,9 @@ function condition(number) {
     const share = mass === null ? null : mass / data.nodes[number].mass;
     const text = number === null ? masses[at] : share === null ? "not stored" : percent(share);
     labels[at].textContent = texts[at].replace(masses[at], text);
+    // Blue marks evidence against the output, as in the ribbons, even if it is a positive share of a negative node.
+    const evidence = mass ?? data.nodes[at].mass;
+    labels[at].classList.toggle("negative", data.nodes[at].kind === "group" && evidence < 0);
     node.dataset.share = text;
     node.classList.toggle("faint", share !== null && Math.abs(share) < 0.005);
     node.setAttribute("aria-label", title(at) + ": " + text +
@@ -48,8 +52,16 @@ function condition(number) {
     band.classList.toggle("faint", number !== null && !touches);
     band.classList.toggle("strong", touches);
   });
-  status.textContent = number === null ? "Click a node to condition on it." :
-    "Relevance given " + title(number) + " (" + masses[number] + " of all relevance). Escape returns.";
+  flow.classList.toggle("given", number !== null);
+  status.textContent = number === null ? START : givenText(number);
+}
+
+// What the numbers mean while a node is selected.
+function givenText(number) {
+  const opposed = nodes.some(node => node.dataset.share.startsWith("−"));
+  return "Relevance given " + title(number) + ": numbers are shares of its " + masses[number] +
+    (opposed ? ", negative where relevance has the opposite sign" : "") +
+    ". Bars and images are those of the whole flow. Escape returns.";
 }
 
 // Draws one walk over groups: its nodes, and the ribbons between them.
@@ -149,7 +161,7 @@ search.addEventListener("input", () => {
   const matches = nodes.map((_, at) => !words || title(at).toLowerCase().includes(words));
   nodes.forEach((node, at) => node.classList.toggle("unmatched", !matches[at]));
   const count = matches.filter(Boolean).length;
-  status.textContent = words ? count + (count === 1 ? " node matches" : " nodes match") : "Click a node to condition on it.";
+  status.textContent = words ? count + (count === 1 ? " node matches" : " nodes match") : START;
 });
 search.addEventListener("keydown", event => {
   const first = nodes.findIndex(node => !node.classList.contains("unmatched"));

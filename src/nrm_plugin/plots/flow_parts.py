@@ -10,6 +10,8 @@ BAR, MARGIN = 4.5, 8.0
 """Width of a bar and margin around the drawing, in points."""
 LINE = 1.22
 """Line spacing, as a multiple of the font size."""
+LEAST_LETTERS = 5.0
+"""Smallest font size of the legend, in points."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class DrawnNode:
         node: The node of the flow graph.
         column: Index of the column, from the left.
         box: Bounding box of the whole node.
-        thumbnail: Position of the thumbnail, or None without a thumbnail.
+        thumbnail: Position of the thumbnail, or None if there is none.
         bars: Bars on both sides, where ribbons are attached, each with a tone: ``positive``, ``negative``, ``rest``,
             ``sink`` or ``bypass``.
         labels: Lines of text.
@@ -79,7 +81,7 @@ class Band:
         end: Right end point of the center line.
         width: Width of the ribbon.
         tone: As in :class:`DrawnNode`.
-        strength: Opacity.
+        strength: Opacity of the band.
     """
 
     lower: str
@@ -99,8 +101,9 @@ class Scene:
     Attributes:
         width: Width of the drawing.
         height: Height of the drawing.
-        photo: Position of the photograph, or None without a photograph.
-        labels: Title, caption, column headings and legend.
+        photo: Position of the photograph, or None if there is none.
+        labels: Title, caption and column headings.
+        legend: Lines of the legend below the flow.
         nodes: The nodes of the flow.
         bands: The ribbons of the flow.
         unit: Points per unit of relevance.
@@ -111,10 +114,16 @@ class Scene:
     height: float
     photo: Box | None
     labels: tuple[Label, ...]
+    legend: tuple[Label, ...]
     nodes: tuple[DrawnNode, ...]
     bands: tuple[Band, ...]
     unit: float
     omitted: float
+
+    @property
+    def bottom(self) -> float:
+        """The lower end of the flow, above the legend."""
+        return self.height - MARGIN - sum(LINE * label.size for label in self.legend)
 
 
 @dataclass(frozen=True)
@@ -128,7 +137,7 @@ class Sizes:
         sides: Thumbnail width in each column.
         lines: Number of text lines per node in each column.
         notes: Number of additional lines for notes per node in each column.
-        bare: Whether the channels of each column are named by their numbers alone for lack of space.
+        bare: Whether the channels of each column are named only by their numbers, for lack of space.
     """
 
     width: float
@@ -138,6 +147,11 @@ class Sizes:
     lines: tuple[int, ...]
     notes: tuple[int, ...]
     bare: tuple[bool, ...]
+
+    @property
+    def small(self) -> float:
+        """Font size of the legend and of the second line of column headings."""
+        return max(0.9 * self.letters, LEAST_LETTERS)
 
     @property
     def gap(self) -> float:

@@ -10,19 +10,25 @@ THIRDS = (
     ("left", "center", "right"),
     ("lower left", "bottom", "lower right"),
 )
-EDGES = "along the edges"
+SIDES = ("top", "bottom", "left", "right")
+EDGES, SPREAD = "along the edges", "spread out"
 TOUCHED = 0.5
 """Smallest covered fraction of an image side at which a region lies along this side."""
 MOST = 0.5
 """Fraction of a region's relevance above which a single ninth of the image is named as its location."""
+THERE, ASIDE = 0.2, 0.6
+"""Smallest fraction of a region's relevance in the ninth with its center of mass, and in a half of the image, at which
+they are named as its location.
+"""
 
 
 def place_name(region: NDArray[np.bool_], relevance: NDArray[np.float64] | None = None) -> str:
-    """Describes the location of a region in an image: "upper left", "center", …, or "along the edges".
+    """Describes the location of a region in an image: "upper left", "center", …, "along the edges" or "spread out".
 
     The location is the ninth of the image that contains more than half of the region's relevance. If there is none, it
     is "along the edges" if the region covers at least half of three or more sides of the image, and otherwise the ninth
-    that contains its center of mass.
+    that contains its center of mass. A large region may have little relevance there: its location is then the half of
+    the image that contains most of it, or "spread out" if no half contains clearly more than the other.
 
     Args:
         region: Boolean mask of the region, of shape ``(H, W)``.
@@ -55,7 +61,17 @@ def place_name(region: NDArray[np.bool_], relevance: NDArray[np.float64] | None 
             for axis, length in enumerate(region.shape)
         ]
         place = min(int(3 * centers[0]), 2), min(int(3 * centers[1]), 2)
+        if ninths[place] < THERE:
+            return _side(weights)
     return THIRDS[place[0]][place[1]]
+
+
+def _side(weights: NDArray[np.float64]) -> str:
+    """Returns the half of an image that contains most of the weights, or "spread out"."""
+    height, width = weights.shape
+    halves = (weights[: height // 2], weights[-(height // 2) :], weights[:, : width // 2], weights[:, -(width // 2) :])
+    shares = [float(half.sum()) for half in halves]
+    return SIDES[int(np.argmax(shares))] if max(shares) >= ASIDE else SPREAD
 
 
 __all__ = ["EDGES", "place_name"]

@@ -73,7 +73,7 @@ class NodeThumbnails:
     Attributes:
         box: The crop of the input that all thumbnails show.
         values: Color values between -1 and 1, of shape ``(H, W)``, keyed by node.
-        grey: The same crop of the photograph in gray, of shape ``(H, W)`` with values in [0, 1], or None without a
+        grey: The same crop of the photograph in gray, of shape ``(H, W)`` with values in [0, 1], or None if there is no
             photograph.
         size: Height and width of the input in pixels.
         edges: Boolean outline mask of each input node, of shape ``(H, W)``, keyed by node.
@@ -122,7 +122,7 @@ def node_thumbnails(graph: FlowGraph, maps: NodeMaps, photo: Photo | None = None
 
 
 def painted(thumbnails: NodeThumbnails, key: str, palette: Palette = LIGHT) -> Pixels:
-    """Renders the thumbnail of a node over the photograph or the background color, of shape ``(H, W, 3)``."""
+    """Renders the thumbnail of a node over the photograph or the background color, in shape ``(H, W, 3)``."""
     values = thumbnails.values[key]
     paper = np.array(to_rgb(palette.paper))
     ground = np.broadcast_to(paper, (*values.shape, 3)) if thumbnails.grey is None else faded(thumbnails.grey, palette)
@@ -202,10 +202,10 @@ def opacity(values: Array) -> Array:
 
 
 def faded(grey: Array, palette: Palette = LIGHT) -> Array:
-    """Renders a gray photograph with low contrast, close to the background color, of shape ``(H, W, 3)``."""
+    """Renders a gray photograph with low contrast, close to the background color, in shape ``(H, W, 3)``."""
     paper = np.array(to_rgb(palette.paper))
     ink = np.array(to_rgb(palette.ink))
-    share = (0.06 + 0.5 * (1 - grey) if palette is LIGHT else 0.05 + 0.4 * grey)[..., None]
+    share = (0.06 + 0.5 * (1 - grey) if palette is LIGHT else 0.05 + 0.28 * grey)[..., None]
     result: Array = paper * (1 - share) + ink * share
     return result
 

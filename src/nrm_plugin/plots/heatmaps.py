@@ -40,7 +40,7 @@ class Budget:
         mass: Mass of the walks that cross each layer.
         sink: Mass of the walks that are absorbed above each layer.
         bypass: Mass of the walks that bypass each layer. Mass, sink and bypass sum to 1.
-        reference: Sums at each layer for comparison, for example with plain Zennit, marked by diamonds.
+        reference: Sums at each layer for comparison, for example by Zennit, marked by diamonds.
         image: Image of shape ``(C, H, W)`` that is drawn next to the title.
     """
 
@@ -85,7 +85,7 @@ def heat_map(
         values: Relevance of shape ``(H, W)``, dimensionless.
         title: Title of the figure.
         image: Image of shape ``(C, H, W)``, shown in low contrast behind the heat map.
-        limit: Absolute value shown in the darkest colors; by default, the largest absolute value.
+        limit: Absolute value at which the colors saturate; by default, the largest absolute value.
         cells: Maximum number of cells along each side, such as the resolution of a layer. The heat map then shows the
             sum over each cell, which preserves the total. By default, pixels are shown.
 
@@ -114,13 +114,13 @@ def image_and_heat_map(
 
     Args:
         image: Image of shape ``(C, H, W)`` with values in [0, 1] and one or three channels.
-        values: Heat map of shape ``(H, W)``, dimensionless, or a list of several, each with its own color scale.
+        values: Unitless heat map of shape ``(H, W)``, or a list of several, each with its own color scale.
         titles: Titles of the image and of each heat map.
         heading: Title of the figure.
-        limit: Absolute value shown in the darkest colors, for all heat maps or for each; by default, the largest
+        limit: Absolute value at which the colors saturate, for all heat maps or for each; by default, the largest
             absolute value of each heat map.
         cells: As in :func:`heat_map`.
-        shown: Image that is shown on the left; by default ``image``, which is also shown behind the heat maps.
+        shown: Image to show on the left; by default, ``image``, which is always the background of the heat maps.
     """
     several = [values] if isinstance(values, Tensor | np.ndarray) else values
     maps = [_summed(one, cells) for one in several]
@@ -154,7 +154,7 @@ def heat_maps(
         heading: Title of the figure.
         image: Image of shape ``(C, H, W)``, shown before the heat maps and, in low contrast, behind each of them.
         columns: Number of columns.
-        limit: Absolute value shown in the darkest colors; by default, the largest absolute value of all maps.
+        limit: Absolute value at which the colors saturate; by default, the largest absolute value of all maps.
         cells: As in :func:`heat_map`.
 
     Raises:
@@ -225,7 +225,9 @@ def joint(
 
 
 def budgets(layers: Sequence[str], samples: Sequence[Budget], heading: str = "", reference: str = "") -> Figure:
-    """Draws mass, sink and bypass of all layers as stacked bars, with one panel per sample.
+    """Draws the relevance in each layer, absorbed above it (sink) and bypassing it as stacked bars.
+
+    Each sample has its own panel.
 
     Args:
         layers: Names of the layers, from the output to the input.

@@ -29,7 +29,7 @@ class Palette:
         pale: Color of less important text.
         paper: Background color.
         other: Color of the rest of a layer, outside the shown groups.
-        off: Color of walks off a layer.
+        off: Color of walks that are absorbed above a layer or bypass it.
     """
 
     positive: str = POSITIVE

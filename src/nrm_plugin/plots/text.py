@@ -42,13 +42,13 @@ class Word:
     Attributes:
         text: The text of the token.
         value: Relevance of the token.
-        is_spaced: Whether a space precedes the token.
+        has_space_before: Whether a space precedes the token.
         is_special: Whether the token is not part of the text, such as padding.
     """
 
     text: str
     value: float
-    is_spaced: bool
+    has_space_before: bool
     is_special: bool
 
 
@@ -66,14 +66,14 @@ def text_figure(
     """Draws text whose tokens are colored by relevance. Several maps are stacked and share a color scale.
 
     Args:
-        tokens: Tokens of a tokenizer. ``Ġ`` and ``▁`` mark the beginning of a word, and ``##`` its continuation. If no
-            token has one of these prefixes, each token is a word.
+        tokens: Tokens as produced by a tokenizer. ``Ġ`` and ``▁`` mark the beginning of a word, and ``##`` its
+            continuation. If no token has one of these prefixes, each token is a word.
         values: Relevance of shape ``(tokens,)``, or ``(maps, tokens)`` for several maps, such as one per head.
         titles: One title per map.
         special: Tokens that are not text, such as ``tokenizer.all_special_tokens``. They are drawn in italics with a
             frame.
-        limit: Absolute relevance shown in the strongest colors; by default, the largest absolute value.
-        width: Width in inches. Longer lines are broken.
+        limit: Absolute relevance at which the colors saturate; by default, the largest absolute value.
+        width: Width in inches. Longer lines are wrapped.
         heading: Title of the figure.
         dark: Whether to use a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
 
@@ -149,8 +149,8 @@ def words_html(
     Args:
         maps: The words of each map, with their values.
         titles: One title per map.
-        bound: Absolute relevance shown in the strongest colors.
-        is_cut: Whether any value exceeds ``bound``.
+        bound: Absolute relevance at which the colors saturate.
+        is_cut: Whether any value is clipped because its absolute value exceeds ``bound``.
         heading: Heading of the fragment.
         whole: Description of the total to which percentages refer.
     """
@@ -174,7 +174,7 @@ def _checked(
     """Validates the arguments of a plot.
 
     Returns:
-        The words of each map, the absolute relevance shown in the strongest colors, and True if any value exceeds it.
+        The words of each map, the absolute relevance at which the colors saturate, and True if any value exceeds it.
     """
     if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
         raise InputError("tokens must be a list of strings, as returned by tokenizer.convert_ids_to_tokens(ids).")
@@ -202,15 +202,15 @@ def _words(tokens: Sequence[str], values: np.ndarray, special: Collection[str]) 
     words = []
     for number, (token, value) in enumerate(zip(tokens, values, strict=True)):
         is_special = token in special
-        text, is_spaced = token, number > 0
+        text, has_space_before = token, number > 0
         if not is_special:
             is_joined = token.startswith(CONTINUED) or (
                 is_opened and not is_continued and not token.startswith(OPENING)
             )
-            is_spaced = is_spaced and not is_joined
+            has_space_before = has_space_before and not is_joined
             text = token[2:] if token.startswith(CONTINUED) else token[1:] if token.startswith(OPENING) else token
         text = "".join(BREAKS.get(letter, letter) for letter in text)
-        words.append(Word(text or "␣", float(value), is_spaced, is_special))
+        words.append(Word(text or "␣", float(value), has_space_before, is_special))
     return words
 
 
@@ -224,7 +224,7 @@ def _lines(words: Sequence[Word], columns: int) -> list[list[tuple[float, Word]]
     lines: list[list[tuple[float, Word]]] = [[]]
     at = 0.0
     for word in words:
-        space = 1.0 if word.is_spaced and lines[-1] else 0.15
+        space = 1.0 if word.has_space_before and lines[-1] else 0.15
         if lines[-1] and at + space + _cells(word.text) > columns:
             lines.append([])
             at, space = 0.0, 0.0
@@ -240,7 +240,7 @@ def _lines(words: Sequence[Word], columns: int) -> list[list[tuple[float, Word]]
 def _broken(word: Word, columns: int) -> list[Word]:
     most = max(1, columns // 2 if _cells(word.text) > len(word.text) else columns)
     pieces = [word.text[start : start + most] for start in range(0, len(word.text), most)]
-    return [Word(piece, word.value, word.is_spaced, word.is_special) for piece in pieces]
+    return [Word(piece, word.value, word.has_space_before, word.is_special) for piece in pieces]
 
 
 # -- colors --------------------------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def _span(word: Word, bound: float) -> str:
     marks += ["p" if value >= 0 else "n"] if value else []
     marks += ["w"] if ink_on(shade(value, LIGHT)) == "#ffffff" else []
     marks += ["k"] if ink_on(shade(value, DARK)) == "#000000" else []
-    space = " " if word.is_spaced else ""
+    space = " " if word.has_space_before else ""
     style = f' style="--a:{abs(value):.3f}"' if value else ""
     kind = f' class="{" ".join(marks)}"' if marks else ""
     return f'{space}<span{kind}{style} title="{escape(percent(word.value))}">{escape(word.text)}</span>'

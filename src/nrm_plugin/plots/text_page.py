@@ -8,14 +8,15 @@ from html import escape
 import torch
 from torch import Tensor
 
-from ..attribution.terminal_output import KINDS, REST, number
+from ..attribution.terminal_text import KINDS, REST, number
 from ..attribution.text import Row, TextExplanation
 from .ribbons import percent
 from .text import Word, words_html
 
 STYLE = (
     ":root{color-scheme:light dark} body{font-family:system-ui,sans-serif;max-width:52em;margin:1.5em auto;"
-    "padding:0 1em} h2{margin:1.2em 0 .3em;font-size:1.15em} .note{color:#767676;font-size:.9em;margin:.2em 0}"
+    "padding:0 1em} h2{margin:1.2em 0 .3em;font-size:1.15em}"
+    " .note{color:#767676;color:light-dark(#616161,#a8a8a8);font-size:.9em;margin:.2em 0}"
     " table{border-collapse:collapse;font-size:.9em} td{padding:.1em .8em .1em 0} td+td{text-align:right}"
     " summary{cursor:pointer;margin:.4em 0} .nrm-text{border-radius:.4em}"
 )
@@ -72,7 +73,7 @@ def _colored(
     values = [row.tolist() for _, row in rows if row is not None]
     maps = [
         [
-            Word(word.text, value, word.is_spaced and number > 0, word.is_special)
+            Word(word.text, value, word.has_space_before and number > 0, word.is_special)
             for number, (word, value) in enumerate(zip(explanation.text.words, row, strict=True))
         ]
         for row in values

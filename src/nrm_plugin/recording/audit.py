@@ -1,4 +1,4 @@
-"""Audit of a recording: every operation between the inputs and the output must be a step or a 0/1 route."""
+"""Audit of a recording: every operation from inputs to output must have a kernel or only copy values (0/1 route)."""
 
 from __future__ import annotations
 

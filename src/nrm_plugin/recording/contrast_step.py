@@ -50,8 +50,8 @@ _VIEWS = frozenset(
 
 
 @dataclass(frozen=True, eq=False)
-class Top:
-    """Node on top of an autograd graph, with those attributes of an autograd node that :class:`Graph` reads.
+class ContrastNode:
+    """Node of a contrast (weighted sum of outputs), with the attributes of an autograd node that :class:`Graph` reads.
 
     Attributes:
         step: The step of the contrast.
@@ -68,7 +68,7 @@ class Top:
     device: torch.device
 
     @property
-    def _input_metadata(self) -> list[Top]:
+    def _input_metadata(self) -> list[ContrastNode]:
         return [self]
 
     def name(self) -> str:
@@ -77,11 +77,11 @@ class Top:
 
 
 class ColumnKernel(Kernel):
-    """Kernel of a step with a single output per sample, stored as one column.
+    """Kernel with a single output per sample, which is therefore stored as one column.
 
     Args:
-        column: Relevance of each input element per unit of output relevance, in the layout of the input.
-        layout: The layout of the input.
+        column: Relevance of each input element per unit of output relevance, with the shape of the input.
+        layout: Which dimension of the input indexes the samples.
         is_stochastic: Whether the column of each sample sums to one.
     """
 
@@ -115,15 +115,15 @@ class ColumnKernel(Kernel):
 
 
 class ContrastStep(Step):
-    """Step of a contrast.
+    """Node of the graph that propagates the relevance of a contrast to the layer or tensor below it.
 
     Args:
         name: Name of the step.
-        output: The contrast.
-        normalization: The normalization of the columns.
+        output: The contrast ``g``, one value per sample.
+        normalization: How the columns are normalized.
         rule: Name of the rule or operation.
-        read: Function that constructs the kernel.
-        keeps_rows: Whether samples are the rows of all tensors.
+        read: Function that constructs the kernel when it is first needed.
+        keeps_rows: Whether the first dimension of every tensor indexes the samples.
     """
 
     def __init__(
@@ -143,17 +143,17 @@ class ContrastStep(Step):
         return self._read()
 
 
-def contrast_top(graph: Graph, samples: Samples, output: Tensor, vector: Tensor) -> Top:
-    """Returns the node of a contrast, to be placed on top of the graph.
+def contrast_node(graph: Graph, samples: Samples, output: Tensor, vector: Tensor) -> ContrastNode:
+    """Returns a node that computes a contrast between the outputs, for use as the new root of the graph.
 
     Args:
         graph: The graph of a recording.
-        samples: The sample layouts of the recording.
+        samples: The position of the samples in each recorded tensor.
         output: The output of the model.
-        vector: The weights ``s``, of shape ``(N, …)``.
+        vector: The weights ``s`` of the outputs, of shape ``(N, …)``.
 
     Raises:
-        UnsupportedRuleError: If the rule of the layer is not defined by Zennit's modifiers.
+        UnsupportedRuleError: If the rule of the layer that computes the outputs is not defined by Zennit's modifiers.
         FoldingError: If no dimension of a tensor indexes the samples.
     """
     layout = samples.layout(graph.output)
@@ -169,7 +169,7 @@ def contrast_top(graph: Graph, samples: Samples, output: Tensor, vector: Tensor)
             place = layer.source
             step = _fused_step(layer, number, samples)
     below = (graph.nodes[place.vertex], place.number)
-    return Top(step, (below,), number.shape, number.dtype, number.device)
+    return ContrastNode(step, (below,), number.shape, number.dtype, number.device)
 
 
 def _step_of_shares(parts: Tensor, layout: Layout, number: Tensor, keeps_rows: bool) -> ContrastStep:
@@ -188,8 +188,8 @@ class _Layer:
     """Layer with a weight that computes the outputs.
 
     Attributes:
-        step: The step of the layer.
-        vertex: Index of its vertex.
+        step: The call of the layer, as a node of the computation graph.
+        vertex: Index of this node in the graph of the recording.
         source: The input of the layer.
         weights: The weights ``s``, with the shape of the layer's output.
     """
@@ -317,7 +317,7 @@ def _connected(mask: Tensor) -> Tensor:
 
 
 def _chosen(rows: Tensor, index: Tensor | None) -> Tensor:
-    """Gathers elements of ``rows``, of shape ``(N, D)``, at the given indices. The index ``D`` selects 0."""
+    """Gathers elements of ``rows``, whose shape is ``(N, D)``, at the given indices. The index ``D`` selects 0."""
     return rows if index is None else torch.nn.functional.pad(rows, (0, 1)).gather(1, index)
 
 
@@ -325,4 +325,4 @@ def _sample_sums(tensor: Tensor, layout: Layout) -> Tensor:
     return sample_sums(layout.unfold(tensor))
 
 
-__all__ = ["NAME", "ColumnKernel", "ContrastStep", "Top", "contrast_top"]
+__all__ = ["NAME", "ColumnKernel", "ContrastNode", "ContrastStep", "contrast_node"]

@@ -1,4 +1,4 @@
-"""Coverage: the rule or kernel of every step of a model, determined without computing relevance."""
+"""Coverage: which rule or kernel propagates relevance through each call of a layer or function in a forward pass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .recording import Recording
 
 @dataclass(frozen=True)
 class Row:
-    """Step of a model, with its rule or kernel.
+    """Step of a forward pass (call of a layer or function), with the rule or kernel that covers it.
 
     Attributes:
         name: Layer name, or module path and function.
@@ -43,11 +43,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Steps of one forward pass, in execution order.
+    """List of the steps of a forward pass (calls of layers and functions), with the rule that covers each of them.
 
     Attributes:
-        rows: The steps.
-        constants: Operations that combine computed values with constants, which can absorb relevance.
+        rows: One row per step, in execution order.
+        constants: Operations that combine computed values with constants; such operations can absorb relevance.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

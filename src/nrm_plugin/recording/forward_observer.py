@@ -28,7 +28,7 @@ class Observer:
 
     Args:
         indices: Integer inputs. Relevance ends at the rows that they look up.
-        wanted: The tap (hook point) inside the model at which the measure starts, or None for the output of the model.
+        wanted: The tensor (tap) inside the model at which the measure starts, or None for the output of the model.
         watcher: The object that is notified of steps and modules, or None if memory is not limited.
 
     Attributes:

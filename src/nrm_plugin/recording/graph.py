@@ -1,7 +1,8 @@
 """The graph of a recording: its vertices are autograd nodes, its buffers their outputs, and its edges their inputs.
 
-A step is a vertex whose node has a :class:`~nrm_plugin.kernels.step.Step`. All other vertices are 0/1 routes, through
-which autograd itself propagates relevance. Vertices are numbered in walk order, from the output to the inputs.
+A step is a vertex whose node has a :class:`~nrm_plugin.kernels.step.Step`, which propagates relevance by a kernel. All
+other vertices are 0/1 routes: they only copy values, and autograd itself propagates relevance through them. Vertices
+are numbered in walk order, from the output to the inputs.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ _WITH_CONSTANTS = frozenset(
 
 @dataclass
 class Vertex:
-    """Autograd node in the graph of a recording.
+    """Node in the graph of a recording: a step, which propagates relevance by a kernel, or a route, which copies.
 
     Attributes:
         node: Node of the autograd graph.
@@ -63,6 +64,7 @@ class Vertex:
         shapes: Shape of each output.
         dtypes: The dtype of relevance at each output.
         arriving: The dtype of relevance at each input, or None for a constant.
+        devices: The device of each input, or None for a constant; None if all are on the device of the outputs.
         is_short: Whether the vertex is a route with an input or output in lower precision than float32.
         leaf: The leaf tensor if the graph ends at this vertex, or None.
     """
@@ -73,6 +75,7 @@ class Vertex:
     shapes: tuple[torch.Size, ...]
     dtypes: tuple[torch.dtype, ...]
     arriving: tuple[torch.dtype | None, ...]
+    devices: tuple[torch.device | None, ...] | None = None
     is_short: bool = False
     leaf: Tensor | None = None
     _constant_share: tuple[Tensor, ...] | None = field(default=None, repr=False)
@@ -81,7 +84,8 @@ class Vertex:
         """Propagates relevance of shape ``(K, *shape)`` from each output to each edge.
 
         Returns:
-            The relevance at each edge, in the dtype given by :attr:`arriving`; and the absorbed fraction, or None.
+            The relevance at each edge, in the dtype given by :attr:`arriving` and on the device of the input; and the
+            absorbed fraction, or None.
         """
         if self.step is not None:
             (single,) = relevance
@@ -105,6 +109,9 @@ class Vertex:
 
     def push(self, values: list[Tensor | None], absorbed: list[Tensor | None]) -> list[Tensor | None]:
         """Applies the transpose of :meth:`pull`. ``absorbed`` contains the values at the sink of each output."""
+        if self.devices is not None and (self.step is not None or self.index is not None):
+            home = self.node._input_metadata[0].device
+            values = [value if value is None else value.to(home) for value in values]
         if self.step is not None:
             return [self.step.push(tuple(values), absorbed[0])]
         known = [value for value in values if value is not None]
@@ -136,6 +143,9 @@ class Vertex:
         self.__dict__.pop("index", None)
 
     def _converted(self, parts: Sequence[Tensor | None]) -> list[Tensor | None]:
+        if self.devices is not None:
+            pairs = zip(parts, self.devices, strict=True)
+            parts = [part if part is None or device is None else part.to(device) for part, device in pairs]
         return [
             part if part is None or dtype in (None, part.dtype) else part.to(dtype)
             for part, dtype in zip(parts, self.arriving, strict=True)
@@ -204,7 +214,7 @@ class Vertex:
 
 @dataclass(frozen=True)
 class Marks:
-    """Bit sets of the marked places that walks can reach below each vertex and edge.
+    """For each vertex and edge, which of several marked tensors and sinks walks can reach below it, as bit sets.
 
     Attributes:
         below_vertex: The marks below each vertex.
@@ -221,11 +231,11 @@ class Graph:
     Args:
         output: The output tensor, which must have a ``grad_fn``.
         leaves: The leaf tensors at which relevance ends. Tensors that do not depend on any of them are constants.
-        top: A node on top of the output, at which the graph starts, or None.
+        contrast: Node of a contrast between the outputs, at which the graph starts, or None to start at the output.
     """
 
-    def __init__(self, output: Tensor, leaves: Sequence[Tensor], top: Any = None) -> None:
-        root, number = written(output.grad_fn, output.output_nr) if top is None else (top, 0)
+    def __init__(self, output: Tensor, leaves: Sequence[Tensor], contrast: Any = None) -> None:
+        root, number = written(output.grad_fn, output.output_nr) if contrast is None else (contrast, 0)
         edges = _edges_in_walk_order(root)
         self.nodes = _depending(edges, leaves)
         position = {node: index for index, node in enumerate(self.nodes)}
@@ -340,7 +350,9 @@ def _vertex(node: Any, read: list[tuple[Any, int]], position: dict[Any, int]) ->
     leaf = getattr(node, "variable", None)
     outputs = node._input_metadata if step is None else node._input_metadata[:1]  # a Function uses only the first
     shapes, formats = zip(*((torch.Size(m.shape), m.dtype) for m in outputs), strict=True)
-    below = [lower._input_metadata[number].dtype if lower in position else None for lower, number in read]
+    metadata = [lower._input_metadata[number] if lower in position else None for lower, number in read]
+    below = [None if one is None else one.dtype for one in metadata]
+    devices = tuple(None if one is None else one.device for one in metadata)
     return Vertex(
         node,
         step,
@@ -348,6 +360,7 @@ def _vertex(node: Any, read: list[tuple[Any, int]], position: dict[Any, int]) ->
         shapes,
         tuple(working_dtype(one) for one in formats),
         tuple(None if one is None else working_dtype(one) for one in below),
+        None if {*devices} <= {None, outputs[0].device} else devices,
         step is None and any(one is not None and is_short_format(one) for one in (*formats, *below)),
         leaf,
     )

@@ -1,4 +1,4 @@
-"""Index form of 0/1 routes between tensors of lower precision than float32.
+"""0/1 routes (operations that only copy values) between tensors of lower precision than float32, as index tensors.
 
 Autograd would round relevance to the dtype of these tensors or reject float32 relevance. A route is therefore
 represented by the source index of every element that it copies. This is exact in any dtype.
@@ -17,7 +17,7 @@ Parts = list[Tensor | None]
 
 @dataclass(frozen=True)
 class IndexedRoute:
-    """Route represented by the indices of the input elements that it copies.
+    """Operation that only copies values, represented by the indices of the input elements that it copies.
 
     Attributes:
         origins: Index of the input element that each output element copies, starting from 1, or 0 for a constant.

@@ -37,7 +37,7 @@ from .places import Buffer
 from .propagation import Vectors, Visitor, pull
 from .recording import Recording
 from .shapes_only import ShapesOnly
-from .units import size_of
+from .stored_outputs import size_of
 
 PER_OPERATION, PER_FLOP, PER_BYTE = 2.5e-4, 3.0, 10.0
 """Time per operation in seconds, and multipliers for the measured times per FLOP and per byte."""
@@ -120,7 +120,7 @@ def _mode(own: list[Tensor], device: torch.device) -> ShapesOnly:
 def _forward(
     model: nn.Module, call: Call, own: list[Tensor], device: torch.device
 ) -> tuple[ShapesOnly, FlopCounterMode]:
-    """Runs the model alone, which raises an error if it reads values."""
+    """Runs only the model, which raises an error if it reads values."""
     mode = _mode(own, device)
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops})
     shapes = call.changed(mode.shapes, mode.shapes)

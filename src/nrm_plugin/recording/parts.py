@@ -23,7 +23,19 @@ from torch import Tensor, nn
 from ..errors import StaleMeasureError
 from ..kernels.layer_step import LayerStep
 from ..kernels.step import Step
-from .units import WORTH, Unit, are_kept, bytes_of, entries, is_container, kept, mapped, size_of, versions
+from ..model.devices import on_one_device
+from .stored_outputs import (
+    WORTH,
+    StoredCall,
+    are_kept,
+    bytes_of,
+    entries,
+    is_container,
+    kept,
+    mapped,
+    size_of,
+    versions,
+)
 
 End = Callable[[Tensor], Tensor]
 """Function that returns a copy of a tensor at which walks end."""
@@ -37,7 +49,7 @@ class PartRecorded(BaseException):
 
 
 class Watcher(Protocol):
-    """Interface of objects that are notified during a run of the model."""
+    """Interface of objects that are notified of module calls and steps (calls with a kernel) during a run."""
 
     def on_step(self, step: Step, output: Tensor) -> None:
         """Called for each step, with the output of the call."""
@@ -54,7 +66,7 @@ class Watcher(Protocol):
 
 @dataclass
 class _Open:
-    """Running module, with its call index, the index of its first step, and its arguments."""
+    """Module that is running, with the index of the call, the number of steps before it, and its arguments."""
 
     module: nn.Module
     name: str
@@ -64,7 +76,7 @@ class _Open:
 
 
 class FirstRun:
-    """Watcher of the first run, which frees the tensors of all steps once they exceed the limit.
+    """Observer of the first run of the model, which frees the tensors of all steps once they exceed the limit.
 
     Args:
         limit: Memory limit in bytes.
@@ -75,7 +87,7 @@ class FirstRun:
         steps: The steps, in execution order.
         sizes: Size of each step in bytes.
         values: A few output elements of each step.
-        units: The calls whose outputs are stored; none of these calls contains another.
+        stored: The calls whose outputs are stored; none of these calls contains another.
         is_over: Whether the limit was exceeded.
     """
 
@@ -85,7 +97,7 @@ class FirstRun:
         self.steps: list[Step] = []
         self.sizes: list[int] = []
         self.values: list[Tensor] = []
-        self.units: list[Unit] = []
+        self.stored: list[StoredCall] = []
         self.is_over: bool = reference is not None and reference.is_over
         self._total: int = 0 if reference is None else reference._total
         self._open: list[_Open] = []
@@ -123,14 +135,13 @@ class FirstRun:
         if is_written or inside > self.limit or not are_kept(output, one.first, gates):
             return
         if inside >= WORTH * bytes_of(output):
-            while self.units and self.units[-1].first >= one.first:
-                self.units.pop()
-            unit = Unit(one.name, one.call, one.first, len(self.steps), mapped(output, kept))
-            self.units.append(unit)
+            while self.stored and self.stored[-1].first >= one.first:
+                self.stored.pop()
+            self.stored.append(StoredCall(one.name, one.call, one.first, len(self.steps), mapped(output, kept)))
 
-    def apart(self, part: range) -> dict[tuple[str, int], Unit]:
+    def apart(self, part: range) -> dict[tuple[str, int], StoredCall]:
         """Returns the calls with stored outputs that contain no step of a part, keyed by module name and call index."""
-        return {(u.name, u.call): u for u in self.units if u.stop <= part.start or u.first >= part.stop}
+        return {(one.name, one.call): one for one in self.stored if one.stop <= part.start or one.first >= part.stop}
 
     def keep(self) -> None:
         """Makes all steps keep their tensors. Called if the limit was not exceeded."""
@@ -139,7 +150,7 @@ class FirstRun:
 
 
 class _Unfinished:
-    """Holder of all steps during the first run. This run never needs freed tensors."""
+    """Placeholder, during the first run, for the object that recomputes freed tensors. This run never needs any."""
 
     def fill(self, step: Step) -> None:
         return None
@@ -149,22 +160,22 @@ _UNFINISHED = _Unfinished()
 
 
 class Repeat:
-    """Watcher of a later run, which keeps only the tensors of one part.
+    """Observer of a later run of the model, which keeps only the tensors of one part (consecutive steps).
 
     Args:
         first: The first run of the model.
         part: Step indices of the part.
-        units: The calls replaced by their stored outputs, keyed by module name and call index.
+        stored: The calls replaced by their stored outputs, keyed by module name and call index.
 
     Attributes:
         steps: The steps of the part in this run.
         values: A few output elements of each of these steps.
     """
 
-    def __init__(self, first: FirstRun, part: range, units: Mapping[tuple[str, int], Unit]) -> None:
-        self._first, self._part, self._units = first, part, units
-        self._replaced = {name for name, _ in units}
-        self._open: list[tuple[nn.Module, Unit | None, End]] = []
+    def __init__(self, first: FirstRun, part: range, stored: Mapping[tuple[str, int], StoredCall]) -> None:
+        self._first, self._part, self._stored = first, part, stored
+        self._replaced = {name for name, _ in stored}
+        self._open: list[tuple[nn.Module, StoredCall | None, End]] = []
         self._number = 0
         self.steps: list[Step] = []
         self.values: list[Tensor] = []
@@ -190,7 +201,10 @@ class Repeat:
     def is_same(self) -> bool:
         """Returns True if the steps of the part have the same outputs as in the first run."""
         known = self._first.values[self._part.start : self._part.stop]
-        return len(self.values) == len(known) and _are_close(torch.cat(known), torch.cat(self.values))
+        if len(self.values) != len(known):
+            return False
+        both = on_one_device([*known, *self.values])
+        return _are_close(torch.cat(both[: len(known)]), torch.cat(both[len(known) :]))
 
     def watch(self, module: nn.Module, name: str) -> None:
         if name in self._replaced:
@@ -198,15 +212,15 @@ class Repeat:
 
     def enter(self, module: nn.Module, name: str, call: int, args: Any, kwargs: Any, end: End) -> None:
         if name in self._replaced:
-            self._open.append((module, self._units.get((name, call)), end))
+            self._open.append((module, self._stored.get((name, call)), end))
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs the innermost running module or returns the stored output of its call."""
-        _, unit, end = self._open[-1]
-        if unit is None:
+        _, stored, end = self._open[-1]
+        if stored is None:
             return forward(*args, **kwargs)
-        self._number = unit.stop
-        return unit.output(end)
+        self._number = stored.stop
+        return stored.output(end)
 
     def leave(self, module: nn.Module, output: Any, gates: Any) -> None:
         while any(one is module for one, _, _ in self._open):
@@ -215,7 +229,7 @@ class Repeat:
 
 
 class Parts:
-    """Parts of a recording, of which at most one stores its tensors.
+    """Recording that is divided into parts (consecutive steps), of which at most one stores its tensors.
 
     Args:
         first: The first run of the model.
@@ -230,7 +244,7 @@ class Parts:
     def __init__(self, first: FirstRun, run: Callable[[Repeat, Repeat | None], object]) -> None:
         self._first, self._run = first, run
         self._stubs = [dict(step.__dict__) for step in first.steps]
-        self._runs_units = True
+        self._uses_stored = True
         self.current: range | None = None
         self.forget: Callable[[], None] = lambda: None
         self._twins: list[Step] = []
@@ -250,8 +264,8 @@ class Parts:
             return
         self.empty()
         run = self._recorded(part)
-        if run is None and self._runs_units:
-            self._runs_units = False  # a module has side effects besides returning its output
+        if run is None and self._uses_stored:
+            self._uses_stored = False  # a module has side effects besides returning its output
             run = self._recorded(part)
         if run is None:
             raise StaleMeasureError(_CHANGED.format(name=step.name))
@@ -272,10 +286,10 @@ class Parts:
     def _recorded(self, part: range) -> Repeat | None:
         """Runs the model again to record a part. Returns None if the results differ from the first run."""
         firsts = [one for one in (self._first, self._first.reference) if one is not None]
-        apart = [one.apart(part) if self._runs_units else {} for one in firsts]
-        common = {key for key in apart[0] if all(key in units for units in apart)}
+        apart = [one.apart(part) if self._uses_stored else {} for one in firsts]
+        common = {key for key in apart[0] if all(key in calls for calls in apart)}
         repeats = [
-            Repeat(one, part, {key: units[key] for key in common}) for one, units in zip(firsts, apart, strict=True)
+            Repeat(one, part, {key: calls[key] for key in common}) for one, calls in zip(firsts, apart, strict=True)
         ]
         try:
             self._run(repeats[0], repeats[1] if len(repeats) > 1 else None)
@@ -291,8 +305,8 @@ class Parts:
 def divided(first: FirstRun) -> list[range]:
     """Divides the steps into parts within the limit, preferably between calls whose outputs are stored."""
     starts = set(range(len(first.steps) + 1))
-    for unit in first.units:
-        starts -= set(range(unit.first + 1, unit.stop))
+    for call in first.stored:
+        starts -= set(range(call.first + 1, call.stop))
     for step in first.steps:
         for below in step.joined:
             if isinstance(step, LayerStep) or below.uses <= 1:

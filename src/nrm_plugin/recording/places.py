@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Output ``number`` of a vertex, a tensor of the recording."""
+    """Tensor of a recording, identified as output ``number`` of a vertex of its graph."""
 
     vertex: int
     number: int
@@ -20,7 +20,7 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """Input ``number`` of a vertex. Its relevance is what this vertex adds to the relevance of the tensor it reads."""
+    """Input ``number`` of a vertex: the part of a tensor's relevance that comes from this one of its consumers."""
 
     vertex: int
     number: int
@@ -33,7 +33,7 @@ class Edge:
 
 @dataclass(frozen=True, slots=True)
 class Sink:
-    """Sink of a vertex, which receives the relevance absorbed there."""
+    """Sink of a vertex, which collects the relevance absorbed there."""
 
     vertex: int
 

@@ -1,7 +1,7 @@
 """Passes over the graph of a recording, which propagate relevance down to the inputs or values up to the output.
 
 A pass propagates several vectors at once, each identified by a key. In a downward pass, a visitor may modify the
-vectors at each tap. Events are compiled to visitors elsewhere.
+vectors at each tensor. Events are compiled to visitors in the package ``measure``.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Cost:
 
 
 class Visitor(Protocol[Key]):
-    """Callbacks of a downward pass, which by default propagate all relevance.
+    """Callbacks of a downward pass, which receive the relevance at each tensor, input of a vertex, and sink.
 
-    Each vector has the shape of its tensor.
+    By default, they propagate all relevance. Each relevance vector has the shape of its tensor.
     """
 
     def at_buffer(self, buffer: Buffer, vectors: Vectors[Key]) -> Vectors[Key]:

@@ -6,7 +6,7 @@ import functools
 import threading
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,13 @@ from ..errors import NRMError
 from ..events.event import Atom
 from ..kernels.forward_state import before_writing, forward_pass
 from ..kernels.reference_pass import LEAST, ReferencePass, difference
-from ..model.autocast import asked_for, current, exact, layers_in, working_dtype
+from ..model.autocast import Formats, asked, exact, layers_in, precise_layers, working_dtype
 from ..model.checks import check_drawn, check_model, check_module, warn_of_draws
 from ..model.inputs_and_outputs import Call, Change, Output, chosen_output, explained_output
 from ..model.model_protection import Fingerprint, named_tensors, note_restored, preserved
 from ..model.renormalization import TablesUnwritten
 from ..model.trace_guards import audit, untraced, unwatched, without_modes
-from .contrast_step import contrast_top
+from .contrast_step import contrast_node
 from .forward_observer import Observer
 from .graph import Graph
 from .module_names import OUTPUT
@@ -83,7 +83,7 @@ class Recording:
         first = None if max_memory is None else FirstRun(max_memory)
         if first is not None:
             call, reference = call.changed(torch.clone, torch.clone), None if reference is None else reference.cloned()
-        self._rerun = Rerun(model, call, composite, output, reference, max_memory, asked_for(_device(call)))
+        self._rerun = Rerun(model, call, composite, output, reference, max_memory, asked())
         self._other: Tensor | None = None
         self.references = 1 if reference is None else reference.count
         followed = None
@@ -141,7 +141,7 @@ class Recording:
         """
         warn_of_draws(self.draws)
         start = self._layout.fold(relevance)
-        with exact(start.device):  # kernels that are constructed here are used by all queries
+        with exact():  # kernels that are constructed here are used by all queries
             if self.samples.count > 1 and not self.samples.is_plain:
                 with audit():
                     find_samples(self, start, self._rerun)
@@ -151,12 +151,12 @@ class Recording:
         return start
 
     def _contrasted(self, contrast: Tensor) -> Tensor:
-        """Places the contrast on top of the outputs and returns its relevance."""
-        top = contrast_top(self.graph, self.samples, self.output, contrast)
+        """Makes a contrast between the outputs the root of the graph and returns its relevance."""
+        node = contrast_node(self.graph, self.samples, self.output, contrast)
         names = self.taps.output_names()
-        self.structure = self._restructured(top)
+        self.structure = self._restructured(node)
         self.taps.fused = names - self.taps.output_names()
-        start = torch.ones(top.shape, dtype=top.dtype, device=top.device)
+        start = torch.ones(node.shape, dtype=node.dtype, device=node.device)
         if self.samples.count > 1 and not self.samples.is_plain:
             with torch.inference_mode(False), torch.no_grad(), audit():
                 self.samples.find(start)
@@ -168,11 +168,11 @@ class Recording:
         return self.samples.layout(self.graph.output)
 
     def unfolded(self) -> Tensor:
-        """Returns the detached output, of shape ``(N, …)``."""
+        """Returns the detached output in shape ``(N, …)``."""
         return self._layout.unfold(self.output.detach())
 
     def outputs(self) -> Tensor:
-        """Returns a copy of the output, of shape ``(N, …)``, or as returned by the model with ``batched=False``."""
+        """Returns a copy of the output in shape ``(N, …)``, or as returned by the model with ``batched=False``."""
         return (self.unfolded() if self.samples.batched else self.output.detach()).clone()
 
     @property
@@ -190,7 +190,7 @@ class Recording:
         return 0.0 if self._other is None else 1e6 * LEAST[working_dtype(self.output.dtype)]
 
     def differences(self) -> Tensor:
-        """Returns the change of the output from the reference, of shape ``(N, …)``, with tiny numbers for zeros."""
+        """Returns the change of the output from the reference in shape ``(N, …)``, with tiny numbers for zeros."""
         assert self._other is not None
         return self.samples.layout(self.graph.output).unfold(difference(self.output.detach(), self._other).delta)
 
@@ -230,14 +230,13 @@ def _run(
         around.enter_context(_RECORDING)  # another thread may be recording the same model
         with unwatched():
             check_model(model, call.tensors)
-        device = _device(call)
         for block in (
             preserved(model),
             forward_pass(observer, reference),
             _buffers_kept(model),
             torch.enable_grad(),
-            _precision(device),
-            check_drawn(model, device, observer.on_drawn),
+            precise_layers(),
+            check_drawn(model, observer.on_drawn),
         ):
             around.enter_context(block)
         with unwatched():
@@ -262,7 +261,7 @@ def _run(
 
 @dataclass(frozen=True)
 class Reference:
-    """Reference of a measure that explains a difference.
+    """Reference (baseline) input of a measure that explains the difference between two outputs.
 
     Attributes:
         call: The call to the model with the reference as inputs.
@@ -288,10 +287,10 @@ def _limited(is_tangent: bool, limit: int) -> tuple[ReferencePass, FirstRun]:
 
 @dataclass(frozen=True)
 class Rerun:
-    """Arguments of a :class:`Recording`, with methods that run the model again.
+    """Arguments of a recorded model call, with methods that run the model again.
 
     Attributes:
-        form: The autocast dtype of layers at the time of the recording, or None.
+        formats: The autocast dtypes of layers at the time of the recording.
         calls_hooks: Whether the user's hooks are called.
     """
 
@@ -301,7 +300,7 @@ class Rerun:
     output: Output | Atom | None
     reference: Reference | None = None
     max_memory: int | None = None
-    form: torch.dtype | None = None
+    formats: Formats = field(default_factory=dict)
     calls_hooks: bool = False
 
     @property
@@ -316,7 +315,7 @@ class Rerun:
     def watched(self, run: Repeat, at_reference: Repeat | None) -> None:
         """Repeats the pass on the reference, if any, and the recorded forward pass, each under a watcher."""
         followed = None
-        with untraced(), torch.inference_mode(False), torch.enable_grad(), layers_in(self.form):
+        with untraced(), torch.inference_mode(False), torch.enable_grad(), layers_in(self.formats):
             if self.reference is not None and at_reference is not None:
                 followed = ReferencePass(self.reference.is_tangent, at_reference.is_wanted)
                 with suppress(PartRecorded):
@@ -330,7 +329,7 @@ class Rerun:
 
     def recording(self, change: Change, others: Change = _unchanged) -> Recording:
         """Runs the model on modified inputs and returns the recording."""
-        modes = untraced(), torch.inference_mode(False), torch.enable_grad(), layers_in(self.form)
+        modes = untraced(), torch.inference_mode(False), torch.enable_grad(), layers_in(self.formats)
         with ExitStack() as around:
             for block in (*modes, self._hooks()):
                 around.enter_context(block)
@@ -345,15 +344,14 @@ class Rerun:
         call = self.call.changed(change, others)
         with ExitStack() as around:
             around.enter_context(_RECORDING)
-            device = _device(call)
             for block in (
                 untraced(),
-                layers_in(self.form),
+                layers_in(self.formats),
                 self._hooks(),
                 forward_pass(None),
                 _buffers_kept(self.model),
                 torch.no_grad(),
-                _precision(device),
+                precise_layers(),
                 TablesUnwritten(),
             ):
                 around.enter_context(block)
@@ -431,19 +429,6 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
 def _is_norm(module: nn.Module) -> bool:
     """Returns True if a module is a torch normalization layer in evaluation mode, whose statistics are constant."""
     return isinstance(module, nn.modules.batchnorm._NormBase) and not module.training
-
-
-def _device(call: Call) -> torch.device:
-    """Returns the device of the inputs."""
-    first: Tensor = (*call.tensors, *call.indices.values())[0]
-    return first.device
-
-
-@contextmanager
-def _precision(device: torch.device) -> Iterator[None]:
-    """Context manager in which layers run in the dtype of autocast, and all other operations in float32 or float64."""
-    with layers_in(asked_for(device) or current()), exact(device):
-        yield
 
 
 __all__ = ["Recording"]

@@ -1,4 +1,4 @@
-"""Layouts: conversion of tensors to the form ``(N, …)``, with samples in the first dimension, and back."""
+"""Layouts: which dimension of a tensor indexes the samples, and conversion to the shape ``(N, …)`` and back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PURE = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Layout of the samples in a tensor: the dimension that indexes them, alone or with windows, heads or views.
+    """Layout of a tensor: which dimension indexes the samples, alone or together with windows, heads or views.
 
     A dimension of size ``N · W`` is split in two: the samples become the first dimension, and ``W`` remains in place
     unless it is 1. If samples have different numbers of slices, as in a packed sequence, ``W`` is the largest of these
@@ -25,7 +25,8 @@ class Layout:
     samples.
 
     Attributes:
-        dim: The dimension, or None if the tensor is a single sample, to which a first dimension of size 1 is added.
+        dim: The dimension that indexes the samples, or None if the tensor is a single sample, to which a first
+            dimension of size 1 is added.
         count: Number of samples ``N``.
         parts: ``W``, the number of slices per sample along the dimension.
         order: Indices that sort the slices by sample, of shape ``(N · W,)``, or None if they are already sorted.

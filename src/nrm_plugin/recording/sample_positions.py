@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import FoldingError
 from ..model.shapes_without_values import is_valueless
 from ..model.targets import sample_sums
-from ..model.trace_guards import audit, is_traced, note_obstacle, untraced
+from ..model.trace_guards import audit, is_traced, note_not_replayable, untraced
 from .graph import Graph
 from .places import Buffer, Place, Sink
 from .propagation import Cost, Vectors, Visitor, pull, push
@@ -36,15 +36,15 @@ MIXED = 1e-3
 
 
 class Samples:
-    """Samples of a recording and the layout of each tensor.
+    """Position of the samples of a batch in each tensor of a recording (its layout).
 
     Args:
         graph: The graph of the recording.
         count: Number of samples.
         batched: Whether the inputs have a batch dimension. Otherwise, each tensor belongs to one sample.
         is_plain: Whether the samples are known to be independent rows of every tensor.
-        shapes_of_two: Function that returns the shape of each labeled tensor for two samples. It is called at most
-            once, when the position of a single sample is unknown.
+        shapes_of_two: Function that returns the shape of each named tensor in a run on two samples. It is called at
+            most once, if there is only one sample and its position is unknown.
 
     Attributes:
         leaves: Relevance of the inputs in the pass of :meth:`find`, keyed by vertex.
@@ -156,9 +156,9 @@ class Samples:
         return self.are_fixed and is_traced()
 
     def _repeatable(self, layout: Layout | None) -> Layout | None:
-        """Returns the layout unchanged. In a trace, notes an obstacle if it may be invalid for other values."""
+        """Returns the layout unchanged. Tells an active trace if the layout may be invalid for other values."""
         if self.has_constant_layouts and layout is not None and layout.is_assumed:
-            note_obstacle("some samples have no relevance in a tensor, so that their positions in it are unknown")
+            note_not_replayable("some samples have no relevance in a tensor, so that their positions in it are unknown")
         return layout
 
     def _holds(self, layout: Layout, labels: Tensor) -> bool:
@@ -178,7 +178,7 @@ class Samples:
         """Determines the layouts of a tensor from the input samples on which each of its elements depends.
 
         Args:
-            buffer: The tensor.
+            buffer: The tensor whose layout is determined.
             known: The sample of each element, or -1 if it is unknown, to supplement the result.
 
         Returns:
@@ -257,7 +257,7 @@ class Samples:
         return total.index_add_(0, labels.clamp(min=0).flatten().long(), tensor.flatten())
 
     def checked_sums(self, tensor: Tensor, what: str, place: Place | None = None) -> Tensor:
-        """Sums a tensor at a place over the elements of each sample, of shape ``(N,)``.
+        """Sums a tensor at a place over the elements of each sample. Returns shape ``(N,)``.
 
         Raises:
             FoldingError: If the samples are unknown.
@@ -303,7 +303,7 @@ def _in_range(vectors: Vectors[int]) -> Vectors[int]:
 
 @dataclass(frozen=True)
 class _Labels:
-    """Sample of each element of a tensor, decoded from the ratios between vectors.
+    """Sample to which each element of a tensor belongs, decoded from the relative change of its relevance.
 
     Attributes:
         samples: The sample of each element, or -1 where no relevance arrives.
@@ -337,7 +337,7 @@ class _Labels:
 
 
 class _Finder(Visitor[int]):
-    """Visitor that determines the layout of each tensor in a pass of encoded relevance."""
+    """Callbacks of a pass that determine which dimension of each tensor indexes the samples."""
 
     def __init__(self, samples: Samples) -> None:
         self.samples = samples

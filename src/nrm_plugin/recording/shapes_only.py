@@ -47,7 +47,8 @@ class ShapesOnly(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ign
         bytes_at_peak: Sizes at the peak, keyed by the operation that allocated the tensors.
         operations: Number of operations.
         moved: Total size of all results in bytes.
-        answers: Whether reads of single values return representative ones; otherwise, they raise an error.
+        answers: Whether code that reads a single value, as in a condition, gets a representative one; otherwise, an
+            error is raised.
     """
 
     def __init__(self, weights: Iterable[Tensor], device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""The value-independent part of a recording, computed once."""
+"""The structure of a recording, which does not depend on values: graph, named tensors and samples."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .audit import check_joined, check_known
-from .contrast_step import Top
+from .contrast_step import ContrastNode
 from .forward_observer import Observer
 from .graph import Graph
 from .module_names import OUTPUT
@@ -18,9 +18,9 @@ from .taps import Label, Observed, Taps
 
 
 class Structure:
-    """Structure of a recording: the graph, the taps (hook points), and the sample layout of each tensor.
+    """Structure of a recording: the graph, the taps (named tensors), and the position of the samples in each tensor.
 
-    The graph is audited on construction.
+    On construction, an error is raised if an operation of the graph has no kernel.
 
     Args:
         observer: The observer of the forward pass.
@@ -29,7 +29,7 @@ class Structure:
         batched: Whether the inputs have a batch dimension.
         shapes_of_two: As in :class:`~nrm_plugin.recording.sample_positions.Samples`.
         output_has_rows: As in :class:`~nrm_plugin.recording.sample_positions.Samples`.
-        top: The node of a contrast between outputs, at which the measure starts, or None.
+        contrast: The node of a contrast between outputs, at which the measure starts, or None.
 
     Raises:
         InputError: If the output does not depend on any input.
@@ -44,9 +44,9 @@ class Structure:
         batched: bool,
         shapes_of_two: Callable[[], Mapping[Hashable, torch.Size]],
         output_has_rows: bool,
-        top: Top | None = None,
+        contrast: ContrastNode | None = None,
     ) -> None:
-        self.graph = Graph(output, observer.leaves, top)
+        self.graph = Graph(output, observer.leaves, contrast)
         check_joined(self.graph, observer.leaves)
         check_known(self.graph, observer.observed)
         may_mix = observer.has_untracked and count > 1
@@ -59,17 +59,17 @@ class Structure:
         if not is_plain:
             leaves = {n: vertex.leaf for n, vertex in enumerate(self.graph.vertices) if vertex.leaf is not None}
             self.samples.inputs = {number for number, leaf in leaves.items() if id(leaf) in inputs}
-            self.samples.output_has_rows = output_has_rows = output_has_rows or top is not None
+            self.samples.output_has_rows = output_has_rows = output_has_rows or contrast is not None
             ends = self.samples.inputs | ({self.graph.output.vertex} if output_has_rows else set())
             self.samples.rows = vertices_of_rows(self.graph, count, ends) if count == 1 else set()
-        observed = observer.observed if top is None else _with_top(observer.observed, top)
+        observed = observer.observed if contrast is None else _with_contrast(observer.observed, contrast)
         self.taps = Taps(self.graph, observed, observer.modules, observer.containers, self.samples)
 
 
-def _with_top(observed: Sequence[Observed], top: Top) -> list[Observed]:
+def _with_contrast(observed: Sequence[Observed], contrast: ContrastNode) -> list[Observed]:
     """Replaces the output of the model with the contrast among the observed tensors."""
     others = [seen for seen in observed if seen.label.name != OUTPUT]
-    return [*others, Observed(Label(OUTPUT, "output", 0, None), top, 0, top.shape, None)]
+    return [*others, Observed(Label(OUTPUT, "output", 0, None), contrast, 0, contrast.shape, None)]
 
 
 __all__ = ["Structure"]

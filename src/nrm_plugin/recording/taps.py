@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ class Label(NamedTuple):
 
 @dataclass(frozen=True)
 class Observed:
-    """Labeled tensor of the forward pass, identified by its autograd node and output number."""
+    """Tensor of the forward pass with a layer name, identified by its autograd node and output number."""
 
     label: Label
     node: Any
@@ -51,12 +52,12 @@ class Observed:
 
 @dataclass
 class Tap:
-    """Tap (hook point): one tensor of the computation, or its use by one step.
+    """Tap (hook point): one recorded tensor, or its use by one of its consumers, at which relevance can be read.
 
     Attributes:
-        place: The place in the graph.
+        place: Where in the graph the tensor is.
         tensor_shape: Shape of the tensor in the model.
-        samples: The sample layouts of the recording.
+        samples: The position of the samples in each recorded tensor.
         names: All names of the tap.
         tensor_channel_dim: Channel dimension of the tensor in the model.
     """
@@ -89,14 +90,14 @@ class Tap:
 
 
 class Taps:
-    """Taps of a recording, in walk order.
+    """Taps (named tensors) of a recording, in the order in which walks from the output to the inputs cross them.
 
     Args:
         graph: Graph of the recording.
         observed: The labeled tensors, in execution order.
         modules: Name of each module.
         containers: Names of modules with children and a rule of their own. They contain no taps.
-        samples: The sample layouts of the recording.
+        samples: The position of the samples in each recorded tensor.
 
     Attributes:
         all: All taps, in walk order.
@@ -152,8 +153,7 @@ class Taps:
             return None
         name = layer.replace("hook_", "")
         for spelling, known in SYNONYMS.items():
-            if name.endswith(f".{spelling}"):
-                name = name.removesuffix(spelling) + known
+            name = re.sub(spelling, known, name)
         tap = self.sites.get(name)
         return None if tap is None else self._labels[id(tap)]
 

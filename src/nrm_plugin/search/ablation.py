@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, brief
+from ..model.devices import on_device_of
 from ..recording.module_outputs import module_outputs
 
 Fill = Literal["zero", "mean", "resample"]
@@ -61,16 +62,17 @@ def _replacing(mask: Tensor, fill: Fill, reference: Tensor | None) -> Callable[.
             kept = kept.expand(shape[0], shape[1]).reshape(shape[0], shape[1], *(1,) * (len(shape) - 2))
         if reference is None:
             return torch.where(kept, output, output.new_zeros(()))
+        values = on_device_of(reference, output)
         if fill == "mean":
-            return torch.where(kept, output, reference.mean(0))
-        samples = torch.arange(shape[0], device=reference.device) % len(reference)
-        return torch.where(kept, output, reference[samples])
+            return torch.where(kept, output, values.mean(0))
+        samples = torch.arange(shape[0], device=values.device) % len(values)
+        return torch.where(kept, output, values[samples])
 
     return hook
 
 
 def activations(model: nn.Module, inputs: Any, layers: Sequence[str]) -> dict[str, Tensor]:
-    """Returns the output of each module, of shape ``(N, *shape)``, from one forward pass.
+    """Returns the output of each module, as a tensor of shape ``(N, *shape)``, from one forward pass.
 
     If a module is called several times, its last output is returned.
 

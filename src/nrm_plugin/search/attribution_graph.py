@@ -151,7 +151,7 @@ class AttributionGraph:
             raise InputError("two nodes of this graph have the same kind, layer, position and unit.")
 
     def influence(self) -> Tensor:
-        """Returns the influence of every node, of shape ``(n,)``; see :func:`influence`.
+        """Returns the influence of every node, as a tensor of shape ``(n,)``; see :func:`influence`.
 
         Examples:
             >>> nodes = GraphNode("input", -1, 0, None, "a"), GraphNode("output", 0, 0, 2, "b")

@@ -21,7 +21,7 @@ SHARE_OF_BOUNDS = 0.6
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """Upper part of a group walk, to be extended by the layers below.
+    """Upper part of a group walk (one group per layer), which the search extends by the layers below.
 
     Attributes:
         groups: Index of the group in each layer of the prefix.
@@ -56,7 +56,7 @@ class CompleteWalk:
 
 
 class BestFirstSearch:
-    """Best-first search with a heap of open prefixes and a heap of the best complete walks.
+    """Best-first search with one heap of upper parts to extend (prefixes) and one of the best complete walks.
 
     Args:
         chain: The layers and their groups.

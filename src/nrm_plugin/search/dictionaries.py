@@ -107,7 +107,7 @@ class Dictionary:
         return int(self.decoder.shape[1])
 
     def activate(self, pre: Tensor) -> Tensor:
-        """Computes feature activations from the pre-activations of the encoder, of shape ``(…, F)``.
+        """Computes feature activations from the pre-activations of the encoder, both of shape ``(…, F)``.
 
         Examples:
             >>> Dictionary(torch.eye(3), torch.eye(3), threshold=1.5, k=1).activate(torch.tensor([1.0, 2.0, 3.0]))

@@ -126,9 +126,9 @@ def _k(config: Mapping[str, Any]) -> int | None:
 
 
 def load_transcoders(folder: str | Path, site: str) -> dict[str, Dictionary] | Crosscoder:
-    """Loads the transcoders of all layers, or a cross-layer transcoder, in the format of circuit-tracer.
+    """Loads the transcoders of all layers, or a cross-layer transcoder, from files in the format of circuit-tracer.
 
-    The transcoders of single layers are stored in files ``layer_0.safetensors`` and so on, or in local files listed in
+    Per-layer transcoders are stored in files ``layer_0.safetensors`` and so on, or in local files listed in
     ``config.yaml``; a cross-layer transcoder is stored in files ``W_enc_0.safetensors``, ``W_dec_0.safetensors`` and so
     on.
 

@@ -26,7 +26,7 @@ from .features import ordered_sites
 
 @dataclass(frozen=True)
 class _Tap:
-    """Nodes of an attribution graph at one tap.
+    """Nodes of an attribution graph whose neurons belong to one recorded tensor (tap).
 
     Attributes:
         name: Name of the tap.
@@ -120,7 +120,7 @@ def _sample(mu: RelevanceMeasure, sample: int | None, top: int) -> int:
 
 
 def _edges(mu: RelevanceMeasure, target: _Tap, source: _Tap, between: list[Event], number: int) -> Tensor:
-    """Returns the mass of the walks from targets to sources without nodes in between, of shape ``(targets, K)``."""
+    """Returns the mass of the walks from targets to sources with no nodes in between, in shape ``(targets, K)``."""
     events = [reduce(lambda event, tap: event & ~tap, between, target.event(k)) for k in range(target.targets)]
     if not events:
         return torch.zeros(0, len(source.nodes), dtype=torch.float64)

@@ -26,6 +26,7 @@ from ..functional import FunctionCall, register_kernel
 from ..functional.function_kernels import with_zeros
 from ..kernels.base import Kernel
 from ..measure.measure import RelevanceMeasure
+from ..model.devices import on_one_device
 from ..model.replaced_layers import Replacement, first_tensor, with_first_tensor, with_replaced
 from .dictionaries import Crosscoder, Dictionary
 
@@ -44,7 +45,7 @@ def with_features(
     of the layer. Composites that map names to rules must use ``"mlp.layer"``.
 
     Args:
-        model: The network.
+        model: The network to extend.
         dictionaries: Dictionaries keyed by layer name, or a crosscoder. If a layer returns a tuple, its first tensor is
             reconstructed. Channels are in the last dimension.
         errors: ``"pass"`` to propagate the relevance of the error through the layer, or ``"absorb"`` to absorb it, as
@@ -69,17 +70,17 @@ def with_features(
     if errors not in ("pass", "absorb"):
         raise InputError(f"errors={brief(errors)} is unknown; choose 'pass' or 'absorb'.")
     crosscoder = dictionaries if isinstance(dictionaries, Crosscoder) else Crosscoder(dictionaries)
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    like = _first_weight(model, torch.empty(0))
     board = _Board(len(crosscoder.dictionaries))
 
     def traced(site: str) -> Replacement:
-        return lambda layer: WithFeatures(layer, site, crosscoder, board, errors, like)
+        return lambda layer: WithFeatures(layer, site, crosscoder, board, errors, _first_weight(layer, like))
 
     return with_replaced(model, {site: traced(site) for site in crosscoder.dictionaries}, "features")
 
 
 class _Board:
-    """Store of the features computed so far in a forward pass, for the decoders of later layers."""
+    """Features computed so far in a forward pass, which the decoders of later layers read."""
 
     def __init__(self, sites: int) -> None:
         self.sites, self.features = sites, dict[str, Tensor]()
@@ -115,7 +116,8 @@ class WithFeatures(nn.Module):
         through = [identity] * (1 if dictionary.skip is None else 2)
         self.layer, self.features = layer, _Features()
         self.encoder = _linear(dictionary.encoder.T, dictionary.encoder_bias, like)
-        self.decoder = _linear(torch.cat([*across, dictionary.decoder, *through]).T, dictionary.decoder_bias, like)
+        decoder = torch.cat(on_one_device([*across, dictionary.decoder, *through]))
+        self.decoder = _linear(decoder.T, dictionary.decoder_bias, like)
         self.skip = None if dictionary.skip is None else _linear(dictionary.skip, None, like)
         self.train(layer.training)
 
@@ -125,14 +127,16 @@ class WithFeatures(nn.Module):
         source = values
         if self.dictionary.reads == "input":
             source = self._checked([*args, *kwargs.values()], len(self.dictionary.encoder), "reads")
+        home = self.encoder.weight.device  # not that of a layer without weights, if the model is on several devices
+        source, own = source.to(home), values.to(home)
         active = feature_activation(self.encoder(source), self.dictionary)
         skip = [] if self.skip is None else [self.skip(source)]
-        lower = [self.board.get(site, self.site) for site in self.lower]
-        error = reconstruction_error(values, [*lower, active], skip, self.decoder, self.errors)
+        lower = [self.board.get(site, self.site).to(home) for site in self.lower]
+        error = reconstruction_error(own, [*lower, active], skip, self.decoder, self.errors)
         features = self.features(active, error, *skip)
         self.board.put(self.site, features[..., : len(self.dictionary)])
         total = self.decoder(torch.cat([*lower, features], -1))
-        return with_first_tensor(output, without_rounding(total, values))
+        return with_first_tensor(output, without_rounding(total.to(values.device), values))
 
     def _checked(self, values: Any, width: int, verb: str) -> Tensor:
         tensor = first_tensor(values)
@@ -153,10 +157,17 @@ class WithFeatures(nn.Module):
 
 
 class _Features(nn.Module):
+    """Module that concatenates features and errors. Its output is the tensor (tap) at which they are queried."""
+
     nrm_channel_dim: ClassVar[int] = -1
 
     def forward(self, *parts: Tensor) -> Tensor:
         return torch.cat(parts, -1)
+
+
+def _first_weight(module: nn.Module, otherwise: Tensor) -> Tensor:
+    """Returns the first floating-point parameter, whose device and dtype a dictionary takes."""
+    return next((parameter for parameter in module.parameters() if parameter.is_floating_point()), otherwise)
 
 
 def _linear(weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Linear:
@@ -195,7 +206,7 @@ def reconstruction_error(
 def without_rounding(total: Tensor, values: Tensor) -> Tensor:
     """Returns ``values`` but propagates relevance to ``total``, which equals ``values`` up to rounding.
 
-    Where ``total`` should be zero, it can be a rounding error. A rule would divide by this error.
+    Where ``total`` should be zero, rounding may leave a tiny value instead, by which a rule would then divide.
     """
     if has_torch_function((total, values)):
         exact: Tensor = handle_torch_function(without_rounding, (total, values), total, values)
@@ -229,16 +240,17 @@ class _AbsorbingKernel(Kernel):
 
 
 def feature_groups(model: nn.Module, site: str) -> Tensor:
-    """Returns the group of each neuron of the tap ``f"{site}.features"``, of shape ``(F + d,)``, for use as ``over=``.
+    """Returns the group of each neuron of the tap ``f"{site}.features"``, for use as ``over=``.
 
-    Each feature is a group. The error is group ``F``, and the skip path, if there is one, is group ``F + 1``.
+    The groups are a tensor of shape ``(F + d,)``. Each feature is a group. The error is group ``F``, and the skip path,
+    if there is one, is group ``F + 1``.
 
     Args:
         model: The model returned by :func:`with_features`.
         site: Name of the layer.
 
     Raises:
-        InputError: If the layer has no features.
+        InputError: If ``site`` names a layer without features.
 
     Examples:
         >>> dictionary = Dictionary(torch.rand(2, 4), torch.rand(4, 2))
@@ -252,14 +264,14 @@ def feature_groups(model: nn.Module, site: str) -> Tensor:
 
 
 def reconstruction_errors(model: nn.Module, site: str | None = None) -> Event:
-    """Returns the event that a walk crosses the reconstruction error of one layer or of any layer.
+    """Returns the event that a walk passes through the reconstruction error of one layer, or of any layer.
 
     Args:
         model: The model returned by :func:`with_features`.
         site: Name of the layer, or None for all layers with features.
 
     Raises:
-        InputError: If the layer has no features.
+        InputError: If ``site`` names a layer without features.
 
     Examples:
         >>> dictionary = Dictionary(torch.rand(2, 4), torch.rand(4, 2))

@@ -23,7 +23,7 @@ MAX_COMBINATIONS = 200_000
 
 @dataclass(frozen=True)
 class TopSets:
-    """Sets of groups, one per layer, with the mass of the walks that cross all sets.
+    """Sets of groups of neurons, one set per layer, with the mass of the walks that cross all of these sets.
 
     Attributes:
         layers: Names of the layers, from the output to the input.

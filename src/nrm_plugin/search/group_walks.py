@@ -63,9 +63,9 @@ class GroupWalks:
         return [(self.name([int(group) for group in walk]), float(self.masses[walk])) for walk in walks]
 
     def through_nodes(self, count: int = 10) -> list[tuple[tuple[str, ...], float]]:
-        """Returns the node keys and masses of the walks with the largest absolute mass.
+        """Returns the walks with the largest absolute mass, each as its nodes in a flow, with its mass.
 
-        The keys identify the nodes of a flow over the same groups, from the input to the output.
+        The nodes of a walk are given by their keys in a flow over the same groups, from the input to the output.
         """
         order = np.argsort(-np.abs(self.masses), axis=None, kind="stable")[:count]
         walks = zip(*np.unravel_index(order, self.masses.shape), strict=True)
@@ -116,7 +116,7 @@ def all_masses(chain: LayerChain, counts: Sequence[int]) -> Array:
     """Computes the mass of every walk over the groups of a chain, with one dimension for each layer.
 
     Args:
-        chain: The layers.
+        chain: The layers that the walks cross.
         counts: Number of groups in each layer, including empty groups at the end.
     """
     middle = min(range(chain.last + 1), key=lambda level: _passes(counts, level))

@@ -1,4 +1,4 @@
-"""Chains of layers with grouped neurons, from the output to the input."""
+"""Sequences of layers with grouped neurons, from the output to the input."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from ..recording.propagation import push
 
 
 class LayerChain:
-    """Chain of layers from the output to the input, with their neurons divided into groups. Tensors are flattened.
+    """Sequence of layers from the output to the input, with their neurons divided into groups. Tensors are flattened.
 
     Args:
         mu: A single-sample measure.
-        layers: Taps, each below the previous one.
+        layers: Layers, each closer to the input than the previous one.
         over: The kind of groups: one for all layers, or one per layer.
 
     Attributes:
-        labels: The group of each neuron in each layer, of shape ``(n_m,)``.
+        labels: The group of each neuron in each layer, of shape ``(n_m,)``, on the device of the layer.
         counts: Number of groups in each layer.
         widths: Number of vectors that fit into memory when propagated from each layer to the next.
 
@@ -52,8 +52,9 @@ class LayerChain:
         self.names = tuple(layer if isinstance(layer, str) else str(layer) for layer in layers)
         self.last = len(self.taps) - 1
         kinds = kinds_of_groups(over, len(self.taps))
-        device = mu._start.device
-        self.labels = [labels_of(tap, kind).reshape(-1).to(device) for tap, kind in zip(self.taps, kinds, strict=True)]
+        devices = [self.recording.graph.device(tap.place) for tap in self.taps]
+        groups = [labels_of(tap, kind).reshape(-1) for tap, kind in zip(self.taps, kinds, strict=True)]
+        self.labels = [labels.to(device) for labels, device in zip(groups, devices, strict=True)]
         self.counts = [int(labels.max()) + 1 for labels in self.labels]
         self.widths = [
             width_of(self.recording, mu._max_memory, [above.place, below.place])
@@ -61,7 +62,7 @@ class LayerChain:
         ]
 
     def first(self) -> Tensor:
-        """Returns the marginal of the first layer, of shape ``(n_0,)``."""
+        """Returns the marginal of the first layer, as a tensor of shape ``(n_0,)``."""
         return self.mu.marginal(self.atoms[0]).flatten()
 
     def propagate(self, level: int, vectors: Tensor) -> Tensor:
@@ -83,7 +84,8 @@ class LayerChain:
         rows = values.view(len(values), *lower.tensor_shape)
         collected, _ = push(self.recording.graph, lower.place, upper.place, rows, bound)
         if collected is None:
-            return self.mu._start.new_zeros(len(values), len(self.labels[level]))
+            labels = self.labels[level]
+            return self.mu._start.new_zeros((len(values), len(labels)), device=labels.device)
         check_finite(self.mu, collected)
         return collected.flatten(1)
 

@@ -15,6 +15,7 @@ from ..errors import NRMError
 from ..measure.finite_results import check_finite
 from ..measure.measure import RelevanceMeasure
 from ..measure.memory_budget import width_of
+from ..model.devices import on_device_of
 from ..recording.places import Buffer, Place
 from ..recording.taps import Tap
 from .walk_bounds import now
@@ -28,7 +29,7 @@ class NeuronPath:
         place: The tensor at which the path ends.
         neuron: Flat index of the last neuron in this tensor.
         mass: Product of the elements of the start vector and the kernels along the path.
-        bound: Mass of the best completion, exact up to rounding.
+        bound: Largest mass of a walk that continues this path to an input, exact up to rounding.
         number: Creation index. It breaks ties.
         neurons: Flat index of the neuron at each named tap of the path, from the output to the input.
     """
@@ -54,7 +55,7 @@ class MaxProduct:
         mu: A single-sample measure.
 
     Attributes:
-        completions: :math:`V` of each tensor, flattened.
+        completions: :math:`V`, the largest mass of a continuation from each neuron, for each tensor, flattened.
         names: The first name of each named tap.
 
     Raises:
@@ -79,9 +80,10 @@ class MaxProduct:
                 self.completions[place] = self._completion(place)
 
     def walks(self, k: int, deadline: float = math.inf, expansions: int | None = None) -> list[NeuronPath]:
-        """Returns the ``k`` walks with the largest mass, or fewer if no other walk has mass or time runs out.
+        """Returns the ``k`` walks with the largest mass.
 
-        The first walk is always completed.
+        Fewer walks are returned if no others have nonzero mass, or if the deadline or the limit of expansions is
+        reached. Even then, the first walk is completed.
         """
         output = self.graph.output
         prefixes = self._continuations(None, output, self.start, k)
@@ -129,26 +131,28 @@ class MaxProduct:
         return all(edge is None for edge in self.graph.vertices[place.vertex].edges)
 
     def _completion(self, place: Buffer) -> Tensor:
-        best = self.start.new_zeros(math.prod(self.graph.shape(place)))
+        best = self.start.new_zeros(math.prod(self.graph.shape(place)), device=self.graph.device(place))
         if self._is_input(place):
             return best + 1
         for neurons in torch.split(torch.arange(len(best)), self._width):
             for edge, columns in self._columns(place, neurons.tolist()):
                 if bool((columns < 0).any()):
                     raise _has_negative_entries(f"the kernel of {self.recording.taps.name_at(place.vertex)}")
-                best[neurons] = torch.maximum(best[neurons], (columns * self.completions[edge]).amax(1))
+                through = (columns * self.completions[edge]).amax(1)
+                best[neurons] = torch.maximum(best[neurons], on_device_of(through, best))
         check_finite(self._mu, best)
         return best
 
     def _columns(self, place: Buffer, neurons: list[int]) -> Iterator[tuple[Buffer, Tensor]]:
-        """Yields kernel columns of the step that computes a tensor, of shape ``(K, in)`` for each input of the step."""
+        """Yields kernel columns of the step that computes a tensor, in shape ``(K, in)`` for each input."""
         vertex = self.graph.vertices[place.vertex]
         shape = vertex.shapes[place.number]
-        unit_vectors = self.start.new_zeros((len(neurons), math.prod(shape)))
+        device = self.graph.device(place)
+        unit_vectors = self.start.new_zeros((len(neurons), math.prod(shape)), device=device)
         unit_vectors[range(len(neurons)), neurons] = 1
         arriving: list[Tensor | None] = [None] * len(vertex.shapes)
         if vertex.step is None:  # autograd nodes require a gradient for their first output
-            arriving[0] = self.start.new_zeros((len(neurons), *vertex.shapes[0]))
+            arriving[0] = self.start.new_zeros((len(neurons), *vertex.shapes[0]), device=device)
         arriving[place.number] = unit_vectors.view(len(neurons), *shape)
         parts, _ = vertex.pull(arriving)
         for part, edge in zip(parts, vertex.edges, strict=True):

@@ -21,6 +21,7 @@ from ..errors import InputError, brief
 from ..events.event import Event, at
 from ..measure.groups import Over, by_label, labels_of
 from ..measure.measure import RelevanceMeasure
+from ..model.devices import on_device_of
 from .layer_chain import intersection, kinds_of_groups
 
 Metric = Literal["mse", "smape"]
@@ -28,7 +29,7 @@ METRICS: tuple[Metric, ...] = ("mse", "smape")
 
 
 def mse(full: Tensor, restricted: Tensor) -> Tensor:
-    r"""Computes the mean squared error for each sample, of shape ``(N,)``.
+    r"""Computes the mean squared error of each sample, as a tensor of shape ``(N,)``.
 
     .. math:: \frac 1 n \sum_i (r_i - \hat r_i)^2
 
@@ -47,12 +48,13 @@ def mse(full: Tensor, restricted: Tensor) -> Tensor:
 
 
 def smape(full: Tensor, restricted: Tensor) -> Tensor:
-    r"""Computes the symmetric mean absolute percentage error for each sample, of shape ``(N,)``, between 0 and 200.
+    r"""Computes the symmetric mean absolute percentage error of each sample, as a tensor of shape ``(N,)``.
 
     .. math:: \frac{100}{n} \sum_i \frac{|r_i - \hat r_i|}{(|r_i| + |\hat r_i|) / 2}
 
-    Neurons that are zero in both tensors contribute 0 but count towards :math:`n`. Neurons that are zero in only one of
-    the tensors, or that have opposite signs, contribute 200 regardless of their magnitude.
+    The error is between 0 and 200. Neurons that are zero in both tensors contribute 0 but count toward :math:`n`.
+    Neurons that are zero in only one of the tensors, or that have opposite signs, contribute 200 regardless of their
+    magnitude.
 
     Args:
         full: Values of the full measure, of shape ``(N, …)``.
@@ -135,7 +137,7 @@ def restriction(
 
 
 def neuron_mask(mu: RelevanceMeasure, layer: str, mask: Tensor) -> Tensor:
-    """Expands a mask over channels or neurons to a mask over neurons, of shape ``(N, *shape)``.
+    """Expands a mask over channels or neurons to a mask over neurons, in shape ``(N, *shape)``.
 
     Raises:
         InputError: If the mask is not boolean or matches neither channels nor neurons.
@@ -171,10 +173,10 @@ def kept_event(masks: Mapping[str, Tensor]) -> Event:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Point of the error curve for one number of kept groups.
+    """Point of the error curve for a given number of kept groups.
 
     Attributes:
-        count: Total number of kept groups in all layers.
+        count: Number of groups kept across all layers.
         mse: Mean squared error of the heat map of the input, of shape ``(N,)``.
         smape: Symmetric mean absolute percentage error of the heat map, of shape ``(N,)``.
         mass: Joint relevance of the kept groups, of shape ``(N,)``.
@@ -196,7 +198,7 @@ class Selection:
 
     Attributes:
         kept: Mask of the kept groups in each layer, of shape ``(N, groups)``.
-        count: Total number of kept groups in all layers, of shape ``(N,)``.
+        count: Number of groups kept across all layers, of shape ``(N,)``.
         order: Rank of each group, of shape ``(N, all groups)``, concatenated over layers; rank 0 is eliminated last.
         curve: Errors for several numbers of kept groups, in descending order.
         event: The event that a walk crosses a kept neuron in every layer.
@@ -301,7 +303,7 @@ class _GroupPool:
         return dict(zip(self.layers, torch.split(flat, self.counts, 1), strict=True))
 
     def masks(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Expands masks over groups to masks over neurons, of shape ``(N, *shape)``."""
+        """Expands masks over groups to masks over neurons, in shape ``(N, *shape)``."""
         return {layer: kept[layer][:, labels] for layer, labels in zip(self.layers, self.labels, strict=True)}
 
     def joint(self, kept: Tensor) -> tuple[Tensor, CurvePoint]:
@@ -313,7 +315,7 @@ class _GroupPool:
         event = kept_event(self.masks(self.split(kept)))
         marginals = self.mu.marginal([*self.layers, "input"], joint=event)
         groups = zip(self.layers, self.labels, strict=True)
-        parts = [by_label(marginals[layer].flatten(1), labels) for layer, labels in groups]
+        parts = [on_device_of(by_label(marginals[layer].flatten(1), labels), kept) for layer, labels in groups]
         heat_map = marginals["input"]
         count = int(kept.sum(1).max())
         point = CurvePoint(count, mse(self.full, heat_map), smape(self.full, heat_map), parts[0].sum(1))
@@ -327,7 +329,7 @@ def _elimination(pool: _GroupPool, rounds: int, last: int) -> tuple[Tensor, list
         The rank of each group, of shape ``(N, all groups)``, and the error curve.
     """
     schedule = [round(pool.size * (last / pool.size) ** (step / rounds)) for step in range(1, rounds + 1)]
-    kept = torch.ones((pool.mu.batch, pool.size), dtype=torch.bool, device=pool.full.device)
+    kept = torch.ones((pool.mu.batch, pool.size), dtype=torch.bool, device=pool.mu._start.device)
     order = torch.zeros_like(kept, dtype=torch.long)
     curve = []
     count = pool.size
@@ -350,13 +352,13 @@ def _ranked(pool: _GroupPool, joint: Tensor, kept: Tensor) -> Tensor:
 
 
 def _smallest_counts(pool: _GroupPool, order: Tensor, metric: Metric, limit: float) -> Tensor:
-    """Returns the smallest number of groups with an error within the limit for each sample, of shape ``(N,)``."""
+    """Returns, for each sample, the smallest number of groups whose error is within the limit, in shape ``(N,)``."""
     low = torch.full((len(order),), len(pool.layers), device=order.device)
     high = torch.full_like(low, pool.size)
     while bool((low < high).any()):
         middle = (low + high) // 2
         _, point = pool.joint(order < middle[:, None])
-        is_small = getattr(point, metric) <= limit
+        is_small = on_device_of(getattr(point, metric) <= limit, low)
         high = torch.where(is_small, middle, high)
         low = torch.where(is_small, low, middle + 1).minimum(high)
     return high.cpu()

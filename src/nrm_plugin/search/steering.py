@@ -33,7 +33,7 @@ def steered(
     Nothing else in the model changes. If the layer returns a tuple, its first tensor is steered.
 
     Args:
-        model: The network.
+        model: The network to steer.
         layer: Name of the layer, as in ``model.named_modules()``.
         vector: A direction in channel space, of shape ``(C,)``, which is applied at every position; or values that
             broadcast to the output of the layer, ``(…)`` or ``(N, …)``.
@@ -53,10 +53,10 @@ def steered(
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> x = torch.randn(5, 3)
-        >>> towards = RelevanceMeasure(net, x, 1).conditional(at("0")[2], "2").mean(0)
-        >>> with steered(net, "2", towards, scale=2.0):
+        >>> shift = RelevanceMeasure(net, x, 1).conditional(at("0")[2], "2").mean(0)
+        >>> with steered(net, "2", shift, scale=2.0):
         ...     moved = net(x)
-        >>> torch.allclose(moved, net(x) + 2 * towards)
+        >>> torch.allclose(moved, net(x) + 2 * shift)
         True
     """
     module = dict(model.named_modules()).get(layer)

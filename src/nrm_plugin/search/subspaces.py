@@ -76,7 +76,13 @@ class Subspaces:
         return len(self.sizes)
 
     def parts(self, values: Tensor) -> Tensor:
-        r"""Computes the projections :math:`U_k U_k^\top a` and the remainder, of shape ``(N, K + 1, …)``.
+        r"""Computes the projections :math:`U_k U_k^\top a` of the activations and the remainder.
+
+        Args:
+            values: The activations :math:`a`, of shape ``(N, …)``.
+
+        Returns:
+            A tensor of shape ``(N, K + 1, …)`` with the K projections, followed by the remainder.
 
         Examples:
             >>> Subspaces(torch.eye(2)[:, :1], (1,)).parts(torch.tensor([[3.0, 4.0]]))
@@ -263,7 +269,7 @@ def _rms(vectors: Tensor) -> float:
 
 
 def _vectors(values: Tensor, relevance: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Returns the activations and contexts of all samples and positions, of shape ``(n, C)`` each."""
+    """Returns the activations and contexts of all samples and positions, as two tensors of shape ``(n, C)``."""
     if values.shape != relevance.shape or values.ndim < 2:
         raise InputError(
             f"activations {tuple(values.shape)} and relevance {tuple(relevance.shape)} must have the same shape (N, …)."
@@ -293,7 +299,7 @@ def with_subspaces(model: nn.Module, subspaces: Mapping[str, Subspaces]) -> nn.M
     the output of the layer. Composites that map names to rules must use ``"conv.layer"``.
 
     Args:
-        model: The network.
+        model: The network to extend.
         subspaces: Subspaces keyed by layer name; each of these layers must return a single tensor.
 
     Raises:
@@ -332,6 +338,8 @@ class _WithSubspaces(nn.Module):
 
 
 class _Parts(nn.Module):
+    """Module that splits the output of a layer into one part per subspace and one for the rest."""
+
     nrm_channel_dim: ClassVar[int] = 1
 
     def __init__(self, of: Subspaces) -> None:

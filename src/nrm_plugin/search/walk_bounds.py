@@ -1,4 +1,4 @@
-r"""Upper bounds on the mass of all walks that extend a prefix, used in the search for relevant group walks.
+r"""Upper bounds on the mass of all walks that extend a given upper part, used in the search for relevant group walks.
 
 .. math:: h_m(i) = \max_{g} \sum_{i' \in g} |\tilde T_{i'i}|\, h_{m+1}(i'), \qquad h_L = 1
 
@@ -30,12 +30,12 @@ def now() -> float:
 
 
 @dataclass(frozen=True)
-class Lumps:
-    """Partition of a layer's groups into lumps. A bound for a lump is valid for each of its groups.
+class MergedGroups:
+    """Groups of a layer, merged into fewer ones. A bound for a merged group is valid for all groups in it.
 
     Attributes:
-        labels: Lump of each neuron, of shape ``(n,)``.
-        count: Number of lumps.
+        labels: Merged group of each neuron, of shape ``(n,)``.
+        count: Number of merged groups.
     """
 
     labels: Tensor
@@ -43,7 +43,7 @@ class Lumps:
 
 
 class CompletionBounds:
-    """Upper bounds on the relevance of all completions of a walk from each neuron, computed from the inputs up.
+    """Upper bounds on the relevance of all walks that continue from a neuron to the last layer, from the inputs up.
 
     If there is not enough time for one pass per group, the groups with the smallest marginals are merged.
 
@@ -61,7 +61,8 @@ class CompletionBounds:
     def __init__(self, chain: LayerChain, deadline: float) -> None:
         self.chain, self.deadline = chain, deadline
         self.exact: Tensor | None = None
-        self.completions: list[Tensor] = [chain.mu._start.new_ones(len(chain.labels[-1]))]
+        last = chain.labels[-1]
+        self.completions: list[Tensor] = [chain.mu._start.new_ones(len(last), device=last.device)]
         self.tables: list[Tensor | None] = []
         marginals = chain.mu.marginal(list(chain.atoms))
         self._sizes = [marginals[atom].flatten().abs() for atom in chain.atoms]
@@ -69,7 +70,7 @@ class CompletionBounds:
             self._add(level)
 
     def of_groups(self, level: int, relevance: Tensor) -> Tensor:
-        """Returns bounds on ``|μ|`` of the walks that extend a prefix by each group, of shape ``(groups,)``."""
+        """Returns bounds on ``|μ|`` of the walks that extend a prefix by each group, in shape ``(groups,)``."""
         size = relevance.abs()
         bounds = self.chain.sums(level, size * self.completions[level])
         table = self.tables[level]
@@ -79,7 +80,7 @@ class CompletionBounds:
         chain, below = self.chain, self.completions[0]
         until = now() + (self.deadline - now()) / min(2, level + 1)  # bounds of the layers above depend on this one
         if level == chain.last - 1:
-            groups = Lumps(chain.labels[level + 1], chain.counts[level + 1])
+            groups = MergedGroups(chain.labels[level + 1], chain.counts[level + 1])
             self.exact = self._table(level, groups, bound=False, until=until)
             if self.exact is not None:
                 self._store(self.exact.abs())
@@ -91,7 +92,7 @@ class CompletionBounds:
         is_signed_enough = bool((negative <= NEGLIGIBLE * total).all())
         affordable = (until - now()) / max(1e-9, (now() - begin) / 2)
         for rows in (affordable, MIN_ROWS):
-            table = self._table(level, self._lumps(level, rows), bound=not is_signed_enough, until=until)
+            table = self._table(level, self._merged_groups(level, rows), bound=not is_signed_enough, until=until)
             if table is not None:
                 self._store(torch.minimum(table.clamp(min=0) + (negative if is_signed_enough else 0), total))
                 return
@@ -102,33 +103,33 @@ class CompletionBounds:
         self.completions.insert(0, table.amax(0))
         self.tables.insert(0, table)
 
-    def _lumps(self, level: int, affordable: float) -> Lumps:
-        """Merges the groups of the next layer into about ``affordable`` lumps. Half of these are single groups."""
+    def _merged_groups(self, level: int, affordable: float) -> MergedGroups:
+        """Merges the groups of the next layer into about ``affordable`` merged. Half of these are single groups."""
         labels, count = self.chain.labels[level + 1], self.chain.counts[level + 1]
         if max(affordable, MIN_ROWS) >= count:
-            return Lumps(labels, count)
+            return MergedGroups(labels, count)
         order = self.chain.sums(level + 1, self._sizes[level + 1] * self.completions[0]).argsort(descending=True)
         single = max(MIN_ROWS, int(affordable)) // 2
-        lumps = torch.empty_like(order)
-        lumps[order[:single]] = torch.arange(single, device=order.device)
-        lumps[order[single:]] = single + torch.arange(count - single, device=order.device) % single
-        return Lumps(lumps[labels], min(count, 2 * single))
+        merged = torch.empty_like(order)
+        merged[order[:single]] = torch.arange(single, device=order.device)
+        merged[order[single:]] = single + torch.arange(count - single, device=order.device) % single
+        return MergedGroups(merged[labels], min(count, 2 * single))
 
-    def _table(self, level: int, lumps: Lumps, bound: bool, until: float) -> Tensor | None:
+    def _table(self, level: int, merged: MergedGroups, bound: bool, until: float) -> Tensor | None:
         """Computes ``Σ_{i' ∈ g} T_{i'i} h(i')`` for each lump of the next layer. Returns None if too slow."""
         chain, values = self.chain, self.completions[0]
-        size = lumps.count * len(chain.labels[level]) * values.element_size()
-        has_deadline = lumps.count > MIN_ROWS
+        size = merged.count * len(chain.labels[level]) * values.element_size()
+        has_deadline = merged.count > MIN_ROWS
         if size > (chain.mu._max_memory or DEFAULT) or (has_deadline and now() > until):
             return None
         rows: list[Tensor] = []
         first, begin = 0, now()
-        while first < lumps.count:
-            end = min(first + (chain.widths[level] if first else 1), lumps.count)
+        while first < merged.count:
+            end = min(first + (chain.widths[level] if first else 1), merged.count)
             chunk = torch.arange(first, end, device=values.device)
-            rows.append(chain.collect(level, (lumps.labels == chunk[:, None]) * values, bound))
+            rows.append(chain.collect(level, (merged.labels == chunk[:, None]) * values, bound))
             first = end
-            expected = now() + (lumps.count - first) * (now() - begin) / first
+            expected = now() + (merged.count - first) * (now() - begin) / first
             if has_deadline and expected > until + OVERTIME * (until - begin):
                 return None
         return torch.cat(rows)

@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 
 from nrm_plugin import explain_text
-from nrm_plugin.attribution.terminal_output import colored
+from nrm_plugin.attribution.terminal_text import colored
 from tests.text_nets import StubTokenizer, text_net
 
 CODE = re.compile(r"\x1b\[[\d;]*m")

@@ -1,4 +1,4 @@
-"""Relevance maximization: reference examples of channels and events, from one pass over the data."""
+"""Search for reference examples: the samples with the most relevance for channels and events, in one pass."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ..errors import InputError, TargetError
 from ..events.event import Event
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
+from ..model.devices import by_sample
 from ..plan.reuse import Measures
 from ..recording.module_outputs import module_outputs
 from .activations import single_activations
@@ -110,7 +111,7 @@ def find_references(
 
 
 def _explained_classes(target: str | int, labels: Tensor | None, outputs: Tensor) -> Tensor:
-    """Returns the explained class of each sample, of shape ``(N,)``.
+    """Returns the explained class of each sample, as a tensor of shape ``(N,)``.
 
     Raises:
         InputError: If the model is not a classifier.
@@ -185,7 +186,7 @@ class _Search:
         relevance = mu.marginal(self.layers) if self.layers else {}
         for layer, values in relevance.items():
             # Values are scaled before the maximum over positions because a negative output reverses the order.
-            scaled = values * scale.view(-1, *(1,) * (values.ndim - 1))
+            scaled = values * by_sample(scale, values)
             self._rank(layer, "relevance", *self._scores(scaled, mu.channel_dim(layer)), samples, targets)
         for layer, values in activations.items():
             self._rank(

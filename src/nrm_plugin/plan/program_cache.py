@@ -1,4 +1,4 @@
-"""Cache of programs for calls of one form."""
+"""Cache of compiled programs for model calls with the same shapes and non-tensor arguments."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ Key = tuple[Hashable, ...]
 MOST = 32
 """Maximum number of programs for calls of one form."""
 FAILURES = 3
-"""Number of failed replays after which a failing shortcut is avoided in all layers.
+"""Number of failed replays after which a failing shortcut is disabled in all layers.
 
 If the model or a rule reads a changed value, every call is recorded after this number of failures."""
 
 
 @dataclass
 class QueryProgram:
-    """Program of one query.
+    """One query of a compiled program, with its cost and the structure of its results.
 
     Attributes:
-        program: The program, shared by all queries of one recording.
+        program: The compiled program, shared by all queries of one recording.
         number: Index of the query in the program.
-        form: The nested structure of the results.
+        form: How the results are nested in tuples, lists and dictionaries.
         cost: The cost of the query, in kernel evaluations and propagated vectors.
     """
 
@@ -50,10 +50,10 @@ class QueryProgram:
 
 @dataclass
 class TracedQueries:
-    """Queries of one recording, which share a program.
+    """Queries that were traced on one recording and are compiled to one program.
 
     Attributes:
-        tracer: The tracer of the recording and the queries.
+        tracer: The object that traced the operations of the recording and the queries.
         inputs: As in :class:`~nrm_plugin.plan.program.Program`.
         outputs: As in :class:`~nrm_plugin.plan.program.Program`.
         start: As in :class:`~nrm_plugin.plan.program.Program`.
@@ -78,19 +78,21 @@ class Programs:
     """Cache of the programs for calls of one form (same shapes and non-tensor arguments), keyed by query.
 
     Attributes:
-        avoided: Shortcuts that are no longer taken because their conditions failed for some inputs. A shortcut whose
-            condition failed in several calls, in the same layer or in different layers, is avoided in all layers.
-        obstacle: Reason why calls of this form cannot be replayed and must be recorded each time, or an empty string.
+        disabled_shortcuts: Shortcuts (faster computations that are valid only under a condition on values) that are no
+            longer taken because their conditions failed for some inputs. A shortcut whose condition failed in several
+            calls, in the same layer or in different layers, is disabled in all layers.
+        reason_not_replayable: Reason why calls of this form cannot be replayed and must be recorded each time, or an
+            empty string.
         answers: Cached properties that do not depend on values, such as names and shapes.
         recordings: Number of recordings since a program was last used.
         latest: The most recently used program, which the next measure is expected to use.
-        asks_again: Whether a measure has received more than one query. The state of the first stage is then kept for
-            further queries.
+        asks_again: Whether a measure has received more than one query. The tensors of the first stage (the forward
+            pass) are then kept for further queries.
     """
 
     def __init__(self) -> None:
-        self.avoided: frozenset[str] = frozenset()
-        self.obstacle = ""
+        self.disabled_shortcuts: frozenset[str] = frozenset()
+        self.reason_not_replayable = ""
         self.answers: dict[Hashable, Any] = {}
         self.recordings = 0
         self.latest: Program | None = None
@@ -116,7 +118,7 @@ class Programs:
         with self.lock:
             worth = (is_certain or key in self._seen) and key not in self._recorded
             self._seen.add(key)
-            return worth and not self.obstacle
+            return worth and not self.reason_not_replayable
 
     def add(
         self,
@@ -129,14 +131,14 @@ class Programs:
         leaves, form = tree_flatten(answer)
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
             return
-        if traced.tracer.trace.obstacles:
+        if traced.tracer.trace.reasons_not_replayable:
             self._seen.discard(key)
-            self._recorded[key] = traced.tracer.trace.obstacles[0]
+            self._recorded[key] = traced.tracer.trace.reasons_not_replayable[0]
             return
         program = traced.with_query([traced.tracer.number(leaf) for leaf in leaves])
         with self.lock:
-            if program.obstacle:
-                self.obstacle = program.obstacle
+            if program.reason_not_replayable:
+                self.reason_not_replayable = program.reason_not_replayable
                 return
             query = QueryProgram(program, len(traced.queries), form, cost)
             traced.queries.append(query)
@@ -153,11 +155,11 @@ class Programs:
             names = frozenset(read for read in error.reads if " in " in read)
             kinds = {kind_of(name) for name in names}
             self._rejected.update(kinds)
-            self.avoided |= names | {kind for kind in kinds if self._rejected[kind] >= FAILURES}
+            self.disabled_shortcuts |= names | {kind for kind in kinds if self._rejected[kind] >= FAILURES}
             if not names:
                 self._failures += 1
             if self._failures >= FAILURES:
-                self.obstacle = f"the model or a rule reads values: {error.reads[0]}"
+                self.reason_not_replayable = f"the model or a rule reads values: {error.reads[0]}"
             self._programs.clear()
             self.latest = None
 
@@ -174,8 +176,8 @@ class Programs:
             own: Storage addresses of the model's tensors.
         """
         with self.lock:
-            if self.obstacle:
-                return [f"recorded every time: {self.obstacle}"]
+            if self.reason_not_replayable:
+                return [f"recorded every time: {self.reason_not_replayable}"]
             recorded = [f"{key[0]}: recorded every time: {why}" for key, why in self._recorded.items()]
             return recorded + [f"{key[0]}: {_described(one.program, own)}" for key, one in self._programs.items()]
 

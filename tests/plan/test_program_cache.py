@@ -1,4 +1,4 @@
-"""Shortcuts whose conditions fail by chance are avoided in all layers, so that a plan is made anew only a few times."""
+"""Shortcuts whose conditions fail by chance are disabled in all layers, so a plan is made anew only a few times."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from zennit.composites import EpsilonPlus
 
 from nrm_plugin import Normalized, Plan, RelevanceMeasure
 from nrm_plugin.plan import planned_measure
-from nrm_plugin.plan.programs import FAILURES
+from nrm_plugin.plan.program_cache import FAILURES
 
 BRANCHES, WIDTH = 8, 2
 RULES = Normalized(EpsilonPlus())
@@ -36,7 +36,7 @@ def inputs(negative: int | None) -> Tensor:
 
 
 @pytest.mark.medium
-def test_a_shortcut_that_fails_in_one_layer_after_the_other_is_avoided_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shortcut_that_fails_in_one_layer_after_the_other_is_disabled_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
     traces = []
     made = planned_measure.TracedRecording.__init__
     monkeypatch.setattr(
@@ -59,5 +59,5 @@ def test_a_shortcut_that_fails_in_one_layer_is_taken_in_the_others() -> None:
     for negative in [None, None, *[3] * 2 * FAILURES]:
         mu = plan(inputs(negative), 1)
         mu.marginal("input")
-    avoided = mu._programs.avoided  # type: ignore[attr-defined]
-    assert {name for name in avoided if name.startswith("no negative input")} == {"no negative input in parts.3:0"}
+    disabled = mu._programs.disabled_shortcuts  # type: ignore[attr-defined]
+    assert {name for name in disabled if name.startswith("no negative input")} == {"no negative input in parts.3:0"}

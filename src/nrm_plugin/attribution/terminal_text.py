@@ -78,7 +78,7 @@ def colored(text: Tokens, values: Tensor, width: int, color: bool) -> Iterator[s
     for word, value in zip(text.words, values.tolist(), strict=True):
         pieces = _pieces(printable(word.text), width)
         for number, piece in enumerate(pieces):
-            space = bool(line) and number == 0 and word.is_spaced
+            space = bool(line) and number == 0 and word.has_space_before
             if line and at + _cells(piece) + space > width:
                 yield line
                 line, at, space = "", 0, False

@@ -1,4 +1,4 @@
-"""Module calls whose outputs are stored. These modules need not run when the model is run again."""
+"""Stored outputs of module calls. These modules need not run when the model is run again."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def size_of(tensor: Tensor) -> int:
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Call of a module whose outputs are stored.
+class StoredCall:
+    """Call of a module whose outputs are stored, so that the module need not run again.
 
     Attributes:
         name: Name of the module.
@@ -51,7 +51,7 @@ class Unit:
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Applies a function to each tensor, plain or saved, in nested tuples, lists and dictionaries."""
+    """Applies a function to each tensor or saved tensor in nested tuples, lists and dictionaries."""
     if isinstance(value, (Tensor, Saved)):
         return change(value)
     if type(value) in (tuple, list):
@@ -109,4 +109,4 @@ def is_container(module: nn.Module) -> bool:
     return any(child is not None for child in module._modules.values())
 
 
-__all__ = ["Unit", "are_kept", "entries", "kept", "size_of", "versions"]
+__all__ = ["StoredCall", "are_kept", "entries", "kept", "size_of", "versions"]

@@ -1,4 +1,4 @@
-"""Tensors that autograd saves for 0/1 routes (indices, masks), kept even under activation checkpointing."""
+"""Saved-tensor hooks of autograd: indices and masks of routing operations are kept even under checkpointing."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from nrm_plugin import RelevanceMeasure, at
+from nrm_plugin.dataset.example_search import find_references
 from nrm_plugin.dataset.examples import EVENTS, FoundReferences, ReferencesError
-from nrm_plugin.dataset.reference_search import find_references
 from nrm_plugin.errors import InputError, TargetError, UnknownLayerError
 from tests.conftest import slow_but, untouched
 

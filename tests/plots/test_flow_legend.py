@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from nrm_plugin.measure.flow_graph import FlowGraph
-from nrm_plugin.plots.flow_key import key_text
-from tests.plots.test_flow_caption import JOINTS, LOWEST, MIDDLE, TOP, layer
+from nrm_plugin.plots.flow_legend import key_text
+from tests.plots.test_flow_caption import JOINTS, LOWEST, MIDDLE, TOP, layer, negative
 
 
 def test_the_key_explains_what_is_drawn():
@@ -42,6 +42,14 @@ def test_shares_above_all_relevance_and_differences_are_explained():
     assert "white frame" not in key_text(True, False)
 
 
+def test_a_flow_that_sums_to_minus_one_is_explained():
+    graph = FlowGraph((TOP, MIDDLE, LOWEST), JOINTS)
+    assert "sums to −100%" not in key_text(False, False, graph=graph)
+    said = key_text(False, False, graph=negative(graph))
+    assert "Each layer sums to −100%" in said
+    assert "Evidence against the output adds up to more than 100%" in said
+
+
 def test_a_rest_that_is_not_drawn_is_not_explained():
     empty = layer("input", ("legs",), (1.0,))
     hidden = replace(empty, others=3)
@@ -61,5 +69,7 @@ def test_only_groups_of_channels_are_explained_as_such():
     patched = FlowGraph((TOP, MIDDLE, layer("input", ("A1", "B1", "A2"), (0.5, 0.3, -0.05), rest=0.15)), JOINTS)
     assert "groups of channels" in key_text(False, False, graph=grouped)
     assert "groups of channels" not in key_text(False, False, graph=patched)
+    assert "patches of the image" in key_text(False, False, graph=patched)
+    assert "patches of the image" not in key_text(False, False, graph=grouped)
     assert "Strongly colored ribbons" in key_text(False, False, graph=grouped)
     assert "Strongly colored ribbons" not in key_text(False, False, graph=FlowGraph((TOP,), ()))

@@ -1,4 +1,6 @@
-r"""Secant kernels of linear and multilinear functions, softmax and normalization layers, which propagate multipliers.
+r"""Secant (finite-difference) kernels of linear and multilinear functions, softmax and normalization layers.
+
+They propagate multipliers ``m``, the ratios of relevance ``R`` to the difference ``δ`` from the reference:
 
 .. math:: m_i = \sum_j \mathrm{slope}_{ij} m_j, \qquad R = \delta m
 
@@ -26,10 +28,10 @@ Multipliers = tuple[Tensor, ...]
 
 
 class MultiplierKernel(Kernel):
-    """Base class of kernels that propagate multipliers, the ratios of relevance to difference.
+    """Base class of kernels that propagate multipliers, the ratios of relevance to the difference from the reference.
 
     Args:
-        call: The call on the input and on the reference.
+        call: The recorded calls for the input and the reference.
     """
 
     def __init__(self, call: DifferenceCall) -> None:
@@ -64,7 +66,7 @@ class PathKernel(MultiplierKernel):
     The mean is computed exactly, by Gauss-Legendre quadrature. A product of two inputs requires a single node.
 
     Args:
-        call: The call on the input and on the reference.
+        call: The recorded calls for the input and the reference.
         absolute: Function that replaces the coefficients of a call with their absolute values, which turns its slopes
             into absolute slopes. None if that is not possible.
     """
@@ -176,7 +178,7 @@ class SoftmaxKernel(MultiplierKernel):
     where :math:`\mathcal L` is the logarithmic mean. No slope exceeds one, and :math:`\sum_j w_j \leq 1`.
 
     Args:
-        call: The call on the input and on the reference.
+        call: The recorded calls for the input and the reference.
         dim: Dimension of the softmax.
         sign: -1 for softmin.
         is_log: Whether the function is log-softmax.
@@ -253,18 +255,21 @@ secant_of("logsumexp")(LogSumExpKernel)
 
 
 class NormKernel(MultiplierKernel):
-    r"""Kernel of a layer that divides by a standard deviation, composed of elementary secants.
+    r"""Kernel of layer normalization and similar layers, which divide by a standard deviation.
+
+    It is composed of the secant (finite-difference) maps of its elementary operations.
 
     .. math:: \Delta y = \gamma \left( \frac{\rho + \rho^0}{2} \Delta c
               - \frac{c + c^0}{2} \frac{(\rho \rho^0)^2}{\rho + \rho^0} \Delta v \right), \qquad
               \Delta v = \frac{1}{n} \sum (c + c^0) \Delta c
 
-    where ``c`` is the centered input, ``v`` its variance, and ``ρ`` the reciprocal of its standard deviation.
+    where ``c`` is the centered input, ``v`` its variance, and ``ρ`` the reciprocal of its standard deviation. The
+    superscript 0 marks values at the reference, and ``Δ`` is the difference between input and reference.
 
     Args:
-        call: The call on the input and on the reference.
+        call: The recorded calls for the input and the reference.
         group: Shape to which the input is reshaped. The last dimension is normalized.
-        weight: ``γ``, which broadcasts to the input, or None for ones.
+        weight: ``γ``, which broadcasts against the input, or None for ones.
         eps: Value added to the variance.
         is_centered: Whether the mean is subtracted.
     """

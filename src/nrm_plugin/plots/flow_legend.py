@@ -7,19 +7,23 @@ import numpy as np
 from ..measure.flow_graph import FlowGraph
 from .flow_caption import LEAST_WALK, WORTH_SAYING, Walks, named_walks
 from .flow_columns import has_rests, is_difference
-from .flow_finding import SEVERAL
-from .flow_notes import is_group
+from .flow_finding import SEVERAL, sign_of
+from .flow_notes import GROUP, is_group
 
 KEY = "The input is on the left. Heights are relevance, on one scale for all layers; {}."
 GROUPS = "A1, A2, … are groups of channels that carry relevance together."
 DARKER = "Strongly colored ribbons are the fewest that hold half of the relevance between two layers."
-NOTES = "Below a group: the part of the image with the largest share of it, and this share, if it is unusually large."
 OUTPUTS = "“{}” is a group of outputs: the one with most relevance, and the number of the others."
 WALKS = "The bands with edges are the named walks."
 GROSS = (
     "The number of a node is evidence for minus evidence against; the bars on its two sides differ where both cancel."
 )
-SHARES = "Evidence for the output adds up to more than 100%, because evidence against it is subtracted."
+SHARES = {
+    1: "Evidence for the output adds up to more than 100%, because evidence against it is subtracted.",
+    -1: "Evidence against the output adds up to more than 100%, because evidence for it is subtracted.",
+}
+NEGATIVE = "Each layer sums to −100%, because evidence against the output prevails."
+PATCHES = "A1, B1, … are patches of the image, named by column and row."
 DIFFERENCES = "Percentages are differences between shares of two outputs: 30% of one minus 20% of the other is 10%."
 NOTHING_OFF = "Less than 0.5% is lost to biases and constants above a layer or bypasses it."
 OFF = (
@@ -44,7 +48,6 @@ def key_text(
     graph: FlowGraph | None = None,
     walks: Walks = (),
     is_cropped: bool = False,
-    has_notes: bool = False,
     has_blue: bool = False,
 ) -> str:
     """Returns the legend of a flow figure.
@@ -57,20 +60,21 @@ def key_text(
         graph: The flow graph. If given, the legend explains only the elements that occur in it.
         walks: The strongest walks, as in the caption.
         is_cropped: Whether thumbnails show only a part of the photograph.
-        has_notes: Whether image parts are named below groups.
         has_blue: Whether thumbnails show negative relevance.
     """
     differs = graph is not None and is_difference(graph)
+    sign = 1 if graph is None else sign_of(graph)
     sentences = {
         KEY.format(_colors(graph, signs, has_blue)): True,
         DARKER: graph is not None and bool(graph.joints),
         GROUPS: graph is not None and any(is_group(node.label, node.layer) for node in graph.nodes),
+        PATCHES: graph is not None and any(_is_patch(node.label, node.layer) for node in graph.nodes),
         OUTPUTS.format(_output_group(graph)): bool(_output_group(graph)),
-        NOTES: has_notes,
         WALKS: bool(named_walks(walks)),
         GROSS: graph is not None and _cancels(graph),
         DIFFERENCES: differs,
-        SHARES: graph is not None and not differs and _exceeds(graph),
+        NEGATIVE: sign < 0,
+        SHARES[sign]: graph is not None and not differs and _exceeds(graph, sign),
         OFF: has_off,
         NOTHING_OFF: graph is not None and not differs and not has_off,
         THUMBNAILS.format(f" (at the resolution of {maps_at})" if maps_at else ""): has_thumbnails,
@@ -104,9 +108,15 @@ def _cancels(graph: FlowGraph) -> bool:
     return any(float(joint.min()) < -LEAST_WALK for joint in graph.joints)
 
 
-def _exceeds(graph: FlowGraph) -> bool:
-    """Returns True if the positive relevance of a layer sums to more than the total relevance."""
-    return any(sum(max(node.mass, 0.0) for node in layer.nodes) > 1 + WORTH_SAYING for layer in graph.layers)
+def _exceeds(graph: FlowGraph, sign: int) -> bool:
+    """Returns True if the relevance of a layer with the sign of the total sums to more than the total."""
+    sums = [sum(max(sign * node.mass, 0.0) for node in layer.nodes) for layer in graph.layers]
+    return max(sums, default=0.0) > 1 + WORTH_SAYING
+
+
+def _is_patch(label: str, layer: str) -> bool:
+    """Returns True if a node is a patch of the image named by the command."""
+    return layer == "input" and GROUP.fullmatch(label) is not None
 
 
 __all__ = ["SIGNS", "key_text"]

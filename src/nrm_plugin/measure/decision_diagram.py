@@ -1,4 +1,8 @@
-"""The decision diagram for events over a recording and its transitions when a walk crosses a tap or is absorbed."""
+"""Decision diagram that decides, while a walk is followed from the output down, which events contain it.
+
+A node of the diagram represents what is still undecided. When the walk crosses a tensor or is absorbed, the diagram
+moves to a successor node, and ends at true or false.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +30,19 @@ class DecisionDiagram:
 
     Attributes:
         roots: The root node of each event.
-        levels: The level of each place and sink. Places are ordered as walks cross them, followed by sinks.
-        open: The levels that a walk can still reach below each vertex, as a bit set.
+        levels: Position of each tensor or sink that the events refer to (its level), in the order in which walks cross
+            them, followed by sinks.
+        open: The levels that a walk can still reach below each vertex of the graph, as a bit set.
     """
 
     def __init__(self, recording: Recording, events: Sequence[Event]) -> None:
         self.recording = recording
         locator = Locator(recording)
         located = [locator(event) for event in events]
-        ordered = sorted(locator.at, key=_order)
+        ordered = sorted(locator.atoms_at, key=_order)
         self.levels: dict[Buffer | Edge | Sink, int] = {place: level for level, place in enumerate(ordered)}
         self.absorbed_level = len(ordered)
-        atoms = [atom for place in ordered for atom in locator.at[place]]
+        atoms = [atom for place in ordered for atom in locator.atoms_at[place]]
         self._masks = [atom.mask for atom in atoms]
         variables: dict[Event, int] = {atom: variable for variable, atom in enumerate(atoms)}
         self.nodes = Diagram([*(self.levels[atom.place] for atom in atoms), self.absorbed_level])
@@ -72,7 +77,7 @@ class DecisionDiagram:
         return node if node <= TRUE or self.depends(node) & self.open[vertex] else self.end(node)
 
     def end(self, node: int) -> int:
-        """Returns the terminal node, true or false, for a walk that ends at a leaf."""
+        """Returns the terminal node, true or false, for a walk that ends at an input."""
         return self.nodes.step(node, self.absorbed_level, 0)
 
     def cross(self, node: int, level: int) -> Crossing:

@@ -1,4 +1,4 @@
-"""Properties of a measure that require no pass: taps and their shapes, outputs, and the explained scalar."""
+"""Properties of a measure that require no propagation: layer names and shapes, outputs, and the explained scalar."""
 
 from __future__ import annotations
 
