@@ -62,8 +62,8 @@ endef
 # Packages that this one is tested with, each with the versions that its pins need, on top of .venv.
 HOSTS ?= captum07 captum08 crp quantus grad_cam lxt torch_geometric ray transformers transformers4 hooked large
 
-.PHONY: demo test test-fast test-planned test-oldest test-newest test-hosts lint bench real special-cases faithfulness references hugging-face graph-networks docs package \
-	coverage clean
+.PHONY: demo test test-fast test-planned test-oldest test-newest test-hosts lint bench real special-cases faithfulness references \
+	hugging-face graph-networks docs package coverage clean
 
 demo: .venv/.stamp
 	.venv/bin/nrm-plugin demo
@@ -119,8 +119,8 @@ bench: .venv/.stamp .venv/hosts/crp.stamp .venv/hosts/lxt.stamp .venv/hosts/timm
 	cp -r .venv/hosts/dynamic_lrp.clone/src/lrp_engine .venv/hosts/dynamic_lrp
 	touch $@
 
-# Every number of docs/real.md, docs/joint-relevance.md, docs/known-circuit.md and of the texts in docs/text.md, resumable.
-# make real ARGS=--quick takes ten minutes and writes into the cache only; NRM_CACHE=<folder> takes another cache.
+# The numbers of docs/real.md, docs/joint-relevance.md, docs/known-circuit.md and docs/text.md; continues after an interruption.
+# make real ARGS=--quick measures a part in ten minutes; NRM_CACHE=<folder> selects another cache.
 real: .venv/.stamp .venv/hosts/real.stamp .venv/hosts/lxt.stamp
 	@.venv/bin/python -m benchmarks.real.reproduce $(ARGS)
 

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
-from benchmarks import tables
 from benchmarks.real import methods, metrics, onnx_weights, packages, pages, run, scenes
 from benchmarks.real.networks import Network
 from benchmarks.real.stored import stored
@@ -441,22 +440,6 @@ def test_methods_of_the_comparison_exist():
         assert len(set(names)) == len(names)
         assert names[0] == (methods.FIRST if net.startswith("Fashion-MNIST") else run.DRAWN[0])
         assert "GradCAM" in names
-
-
-def test_the_committed_rows_are_those_that_the_command_computes():
-    measured = json.loads((tables.RESULTS / "real.json").read_text())
-    assert list(measured) == ["nets"]
-    assert list(measured["nets"]) == list(run.SIZES)
-    for net, found in measured["nets"].items():
-        assert list(found["methods"]) == list(run.methods_of(net))
-        assert not found["failed"]
-        size = run.SIZES[net]
-        assert found["photos"] <= size.photos
-        assert found["explanations of pairs"] == 2 * size.pairs
-        for name, row in found["methods"].items():
-            few = size.few and methods.METHODS[name].gradients > run.EXPENSIVE
-            assert row["SRG, plain"]["samples"] == (run.FEW if few else found["photos"])
-            assert row["own"]["samples"] == (run.FEW_OF_PAIRS if few else 2 * size.pairs)
 
 
 @pytest.mark.parametrize("name", ["GradCAM", "HiResCAM", "LayerCAM"])

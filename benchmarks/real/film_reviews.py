@@ -23,7 +23,7 @@ from benchmarks.train_demo import reproducible
 from . import packages
 from .stored import locked
 
-TRAINED, QUICK, BATCH, LONGEST = 6400, 320, 32, 64
+TRAINED, QUICK, BATCH, LONGEST = 6400, 640, 32, 64
 """Number of training reviews, the same in a quick run, batch size, and largest number of tokens of a review."""
 LABELS = {0: "negative", 1: "positive"}
 

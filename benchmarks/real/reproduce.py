@@ -169,12 +169,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.again:
         (folder / FINISHED).unlink(missing_ok=True)
     run = Run(folder, options.quick, max(1, options.jobs))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # the parts end with the run
     try:
         run.finish_all()
     except (KeyboardInterrupt, RunError) as error:
         why = "Interrupted." if isinstance(error, KeyboardInterrupt) else f"{error}"
         say(f"{why}\nFinished parts are kept in {packages.cache()}. To continue, run the same command again.")
         return 130 if isinstance(error, KeyboardInterrupt) else 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
     say(f"All {len(run.parts)} parts took {minutes(sum(run.spent.values()))} of processor time.")
     if not options.quick:
         outputs.publish(folder / RESULTS)

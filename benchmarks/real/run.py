@@ -63,7 +63,7 @@ SIZES = {
     "Fashion-MNIST, VGG": Size(200, 50, few=False),
     "Fashion-MNIST, residual": Size(200, 50, few=False),
 }
-"""1,000 photographs are all of them: the networks recognize fewer than 100."""
+"""1,000 photographs are all of them: the networks recognize about 100."""
 
 
 DRAWN = "reference blur, last two resolutions, against the rest", "default, against the rest"

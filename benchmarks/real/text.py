@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import importlib.util
 import json
 import warnings
@@ -29,6 +30,7 @@ from nrm_plugin import Normalized, NRMDefault, RelevanceMeasure
 from nrm_plugin.plots import text_figure
 
 from .film_reviews import QUICK, TRAINED, Review, film_reviews, reviews
+from .stored import stored
 
 COUNT, FEW, RESAMPLED, STEPS = 250, 10, 2000, 32
 """Number of reviews, the same in a quick run, resamples, and integration steps."""
@@ -166,6 +168,20 @@ def scores(question: Question, relevance: Tensor) -> list[float]:
     return [round(float(upper.mean() - lower.mean()), 4) for upper, lower in zip(least, most, strict=True)]
 
 
+def scored(
+    model: nn.Module, tokenizer: Any, review: Review, methods: dict[str, Callable[[Question], Tensor]]
+) -> dict[str, list[float]]:
+    """Returns the scores of each method for one review, from the cache if they have been computed."""
+    settings = repr((review.text, list(methods), Path(model.name_or_path).name))
+
+    def compute() -> dict[str, np.ndarray]:
+        question = Question(model, tokenizer, review.text)
+        return {name: np.array(scores(question, method(question).detach())) for name, method in methods.items()}
+
+    found = stored("review", hashlib.sha256(settings.encode()).hexdigest(), compute)
+    return {name: found[name].tolist() for name in methods}
+
+
 def chosen_reviews(tokenizer: Any, count: int) -> list[Review]:
     """Returns the first held-out reviews of a medium length."""
     _, held = reviews()
@@ -230,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.simplefilter("ignore")
     files, count = outputs.chosen(options), FEW if options.quick else COUNT
     file = files.results / "real_text.json"
-    stored = json.loads(file.read_text()) if options.add else {"per text": {}}
+    before = json.loads(file.read_text()) if options.add else {"per text": {}}
     if options.add:
         from lxt.efficient import monkey_patch
         from transformers.models.bert import modeling_bert
@@ -241,10 +257,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     methods = {"AttnLRP (LXT)": product} if options.add else {name: METHODS[name] for name in names}
     per_text: dict[str, list[list[float]]] = {name: [] for name in methods}
     for review in tqdm(chosen_reviews(tokenizer, count), unit="text"):
-        question = Question(model, tokenizer, review.text)
-        for name, method in methods.items():
-            per_text[name].append(scores(question, method(question).detach()))
-    every = {**stored["per text"], **per_text}
+        for name, found in scored(model, tokenizer, review, methods).items():
+            per_text[name].append(found)
+    every = {**before["per text"], **per_text}
     store("real_text", {"texts": count, "rows": summary(every), "per text": every}, "captum", folder=files.results)
     files.render("real_text")
     if not options.add:
