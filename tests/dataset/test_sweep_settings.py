@@ -82,7 +82,10 @@ def test_classes_of_this_package_keep_the_names_of_stored_sweeps():
     assert name == "nrm_plugin.functional.interception.Interception"
     assert interception[name]["fuse"]["function"] == "nrm_plugin.fusion.fuse"
     assert list(interception[name]["normalization"]) == ["nrm_plugin.steps.Normalization"]
-    assert [stored_path(f"nrm_plugin.{present}") for present in MOVED.values()] == [
-        f"nrm_plugin.{old}" for old in MOVED
-    ]
+    first: dict[str, str] = {}
+    for old, present in MOVED.items():  # a module that moved twice keeps its first name
+        first.setdefault(present, old)
+    assert {present: stored_path(f"nrm_plugin.{present}") for present in first} == {
+        present: f"nrm_plugin.{old}" for present, old in first.items()
+    }
     assert stored_path("torch.nn") == "torch.nn"
