@@ -72,11 +72,11 @@ def test_a_recording_in_parts_has_the_same_numbers(name, limit):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_blocks_are_kept_and_run_once_more(name):
     mu = measure(made(name), name, max_memory=200_000)
-    blocks = [unit.name for unit in mu._recording.parts._first.units]
+    blocks = [call.name for call in mu._recording.parts._first.stored]
     assert len(blocks) >= LAYERS
     assert any(block.endswith(".0") for block in blocks)
     mu.marginal("output")
-    assert mu._recording.parts._runs_units
+    assert mu._recording.parts._uses_stored
 
 
 @pytest.mark.parametrize("max_memory", [None, 100_000])
