@@ -77,7 +77,7 @@ def flow_figure(
         walks: The strongest walks over groups. Those that the caption names are drawn within the ribbons.
         signs: Descriptions of positive and negative relevance for the legend.
         pairs: Joint relevance of nodes in non-adjacent layers, as in :func:`~nrm_plugin.plots.sankey`. The figure then
-            names, below each group of channels, the image part that contributes most to it.
+            names, below each group of channels, the image part that is most over-represented in it.
         counts: Number of channels in each group, keyed by node. It is shown where there is enough space.
         finding: Title of the figure; by default :func:`~nrm_plugin.plots.flow_finding.flow_finding`. If it is empty,
             the heading is the title.

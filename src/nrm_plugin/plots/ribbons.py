@@ -117,6 +117,11 @@ def percent(value: float) -> str:
     return text.replace("-", "−")
 
 
+def times(ratio: float) -> str:
+    """Formats a ratio with a decimal if it is below 10, such as ``×2.2``."""
+    return f"×{ratio:.{0 if ratio >= 9.95 else 1}f}"
+
+
 def rows_scale(columns: Sequence[Column]) -> float:
     """Returns the factor by which labels must shrink for the longest column to fit.
 
