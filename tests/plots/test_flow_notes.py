@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from nrm_plugin.measure.flow_graph import FlowGraph
 from nrm_plugin.measure.flow_nodes import FlowLayer
 from nrm_plugin.plots import flow_figure
 from nrm_plugin.plots.flow_html import sankey
 from nrm_plugin.plots.flow_layout import SMALLEST
-from nrm_plugin.plots.flow_notes import is_group, standing_out
+from nrm_plugin.plots.flow_notes import densities, is_group, standing_out
+from nrm_plugin.plots.flow_thumbnails import Photo
 from nrm_plugin.plots.ribbons import LIGHT
 from tests.plots.test_flow_caption import negative
 
@@ -97,6 +99,22 @@ def test_a_group_whose_relevance_cancels_has_no_note(graph):
 def test_a_patch_is_called_a_patch(graph):
     patched = with_layer(graph, 3, labels=("A1", "B1"))
     assert standing_out(patched, PAIRS)["lower/0"] == ("patch A1 85% (×1.4)", "patch A1 85%", "patch A1")
+
+
+def test_parts_are_noted_with_their_relevance_relative_to_their_area(graph):
+    areas = {"input/0": 0.3, "input/1": 0.5}
+    assert densities(graph, areas) == densities(negative(graph), areas) == {"input/0": ("×2.0",), "input/1": ("×0.8",)}
+    assert densities(with_layer(graph, 3, masses=(1.2, -0.2)), areas) == {"input/0": ("×4.0",)}
+    assert densities(graph, {"input/0": 0.0}) == {}
+    difference = [replace(one, masses=(0.5, -0.5)) for one in graph.layers[2:]]
+    assert densities(FlowGraph(tuple(difference), graph.joints[2:]), areas) == {}
+    regions = {"input/0": np.eye(60, dtype=bool), "input/1": np.arange(3600).reshape(60, 60) < 900}
+    photo = Photo(torch.rand(3, 60, 60), regions=regions)
+    found = [text.get_text() for text in flow_figure(graph, maps=maps_of(graph), image=photo).axes[0].texts]
+    assert {"×36", "×1.6"} <= {*found}
+    assert "Below a part: its share of all relevance divided by its share of the area." in " ".join(found)
+    assert "Below a group" not in " ".join(found)
+    assert ">×1.6</text>" in sankey(graph, maps=maps_of(graph), image=photo)
 
 
 def test_notes_do_not_depend_on_the_sign_of_the_total(graph, uneven):

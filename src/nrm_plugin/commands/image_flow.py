@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from ..plots.flow_finding import flow_finding
 from ..plots.flow_html import save_sankey
 from ..plots.flow_notes import Pairs
 from ..plots.flow_places import place_name
-from ..plots.flow_thumbnails import Photo
+from ..plots.flow_thumbnails import Photo, region_areas
 from ..plots.layer_profile import profile_figure
 from ..plots.ribbons import percent
 from ..search.group_walks import group_walks, least_passes
@@ -55,6 +54,8 @@ LEAST_NEXT = 0.01
 """Softmax value above which a caption mentions the second class."""
 LOWERS = ("what lowers the score", "what raises it")
 """Descriptions of positive and negative relevance for a negative score without a contrast."""
+IN_MARGINS = "mostly margin"
+"""Location of a part that lies mostly in the margins that make an image square."""
 LEAST_PROFILE = 0.01
 """Fraction of relevance lost at a layer above which the layer profile is plotted."""
 
@@ -82,6 +83,7 @@ class ImageFlow:
         name: Name of the explained class.
         has_reference: Whether the flow explains a change from a reference image.
         margins: Fraction of the model input that pads an image that is not square.
+        margin_relevance: Fraction of the relevance that comes from these margins.
     """
 
     outputs: Tensor
@@ -102,6 +104,7 @@ class ImageFlow:
     name: str = ""
     has_reference: bool = False
     margins: float = 0.0
+    margin_relevance: float = 0.0
 
     @property
     def lowers(self) -> bool:
@@ -164,7 +167,7 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
         flow.layer if flow.positions else "", _walks(mu, graph, divided.groups),
         profile(mu, request.layers, plain), _next_class(loaded, mu.outputs.flatten(), target),
         _class(loaded, against) if isinstance(against, int) else "", _class(loaded, target),
-        request.reference is not None, margins(loaded, image),
+        request.reference is not None, margins(loaded, image), _margin_relevance(mu, shown_image),
     )  # fmt: skip
 
 
@@ -183,6 +186,14 @@ def _flow(
         raise
     except NRMError as error:
         raise RequestError(f"--layers {' '.join(map(printable, request.layers))}: {error}") from error
+
+
+def _margin_relevance(mu: RelevanceMeasure, shown: Photo) -> float:
+    """Returns the fraction of the relevance that comes from the margins around an image."""
+    if shown.content is None:
+        return 0.0
+    margin = torch.as_tensor(~shown.content, device=mu.outputs.device)
+    return float(mu.sign * (mu.marginal("input")[0] * margin).sum())
 
 
 def _walks(mu: RelevanceMeasure, graph: FlowGraph, groups: Groups | None) -> Walks:
@@ -249,14 +260,16 @@ def _write(
 
 def caption(flow: ImageFlow) -> str:
     """Returns the caption of a flow, including the part of the image that the model did not see."""
-    said = flow_caption(flow.graph, _target(flow), walks=flow.walks, areas=_areas(flow), places=_places(flow))
-    notes = (crop_note(flow.photo), margin_note(flow.margins))
+    said = flow_caption(
+        flow.graph, _target(flow), walks=flow.walks, areas=region_areas(flow.photo), places=_places(flow)
+    )
+    notes = (crop_note(flow.photo), margin_note(flow.margins, flow.margin_relevance))
     return " ".join(filter(None, (_rank(flow), _whole(flow), said, *notes)))
 
 
 def finding(flow: ImageFlow) -> str:
     """Returns the title of the figure."""
-    return flow_finding(flow.graph, _target(flow), _places(flow), _areas(flow))
+    return flow_finding(flow.graph, _target(flow), _places(flow), region_areas(flow.photo))
 
 
 def _target(flow: ImageFlow) -> str:
@@ -265,11 +278,10 @@ def _target(flow: ImageFlow) -> str:
 
 
 def _places(flow: ImageFlow) -> dict[str, str]:
-    return {key: place_name(mask, flow.heat_maps.get(key)) for key, mask in flow.photo.regions.items()}
-
-
-def _areas(flow: ImageFlow) -> dict[str, float]:
-    return {key: float(np.mean(mask)) for key, mask in flow.photo.regions.items()}
+    regions, areas = flow.photo.regions, region_areas(flow.photo)
+    return {
+        key: place_name(mask, flow.heat_maps.get(key)) if key in areas else IN_MARGINS for key, mask in regions.items()
+    }
 
 
 def _rank(flow: ImageFlow) -> str:

@@ -21,7 +21,7 @@ from .flow_columns import has_off, region_name
 from .flow_finding import flow_finding
 from .flow_layout import flow_scene
 from .flow_legend import SIGNS, key_text
-from .flow_notes import Counts, Pairs, standing_out
+from .flow_notes import Counts, Pairs, densities, standing_out
 from .flow_parts import Band, Box, DrawnNode, Label, Scene
 from .flow_thumbnails import (
     NodeThumbnails,
@@ -31,6 +31,7 @@ from .flow_thumbnails import (
     node_thumbnails,
     painted,
     photo_pixels,
+    region_areas,
     region_places,
 )
 from .layer_profile import profile_figure
@@ -94,7 +95,10 @@ def flow_figure(
     palette = DARK if dark else LIGHT
     photo = image if isinstance(image, Photo) or image is None else Photo(image)
     thumbnails = node_thumbnails(graph, maps or {}, photo)
-    scene = scene_of(graph, heading, caption, thumbnails, photo, width, signs, maps_at, walks, pairs, counts, finding)
+    areas = region_areas(photo) if photo is not None else {}
+    scene = scene_of(
+        graph, heading, caption, thumbnails, photo, width, signs, maps_at, walks, pairs, counts, finding, areas
+    )
     figure = Figure(figsize=(scene.width / 72, scene.height / 72))
     figure.set_facecolor(palette.paper)
     axes = figure.add_axes((0, 0, 1, 1))
@@ -128,10 +132,11 @@ def scene_of(
     pairs: Pairs | None = None,
     counts: Counts | None = None,
     finding: str | None = None,
+    areas: Mapping[str, float] | None = None,
 ) -> Scene:
     """Computes the layout of a flow, including its caption and legend."""
     shown: Mapping[str, object] = thumbnails.values if thumbnails else {}
-    notes = {} if pairs is None else standing_out(graph, pairs)
+    notes = densities(graph, areas or {}) | ({} if pairs is None else standing_out(graph, pairs))
     return flow_scene(
         graph,
         heading.replace(r"\$", "$"),

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
 from .flow_columns import node_name
-from .flow_finding import groups_of, leading, listed, members_of, sign_of, target_name
+from .flow_finding import densest, groups_of, is_spread, leading, listed, members_of, sign_of, target_name
 from .ribbons import percent
 
 NO_BREAK = "\u00a0"
@@ -22,8 +22,6 @@ WORTH_SAYING = 0.01
 """Smallest mentioned relevance."""
 WIDE = 0.1
 """Minimum relevance at which the widest ribbon between two layers is named."""
-DENSE = 1.25
-"""Smallest ratio of relevance to area for which an image part is mentioned as the densest."""
 FEW = 0.25
 """Fraction of relevance below which the caption states how little the shown channels of a layer account for."""
 PATH, PATHS = "path through one node of each layer", "paths through one node of each layer"
@@ -97,16 +95,17 @@ def _parts(graph: FlowGraph, target: str, areas: Mapping[str, float], places: Ma
 
 
 def _densest(graph: FlowGraph, areas: Mapping[str, float]) -> str:
-    """Names the image part with the most relevance per area, unless it also has the most relevance."""
+    """Names the image part with the most relevance per area, unless it has the most relevance or the title names it."""
     nodes, sign = groups_of(graph.layers[-1]) if graph.layers else [], sign_of(graph)
-    known = [node for node in nodes if areas.get(node.key, 0.0) > 0 and sign * node.mass >= WORTH_SAYING]
-    if len(known) < 2:
+    node = densest(graph.layers[-1], sign, areas) if nodes and areas else None
+    if (
+        node is None
+        or is_spread(graph.layers[-1], sign, areas)
+        or sign * node.mass >= max(sign * one.mass for one in nodes)
+    ):
         return ""
-    densest = max(known, key=lambda node: sign * node.mass / areas[node.key])
-    ratio = sign * densest.mass / areas[densest.key]
-    if densest is max(known, key=lambda node: sign * node.mass) or ratio < DENSE:
-        return ""
-    return f"Relevance is densest in {_unbroken(named(densest, graph))}: {ratio:.2g} times its share of the area."
+    ratio = sign * node.mass / areas[node.key]
+    return f"Relevance is densest in {_unbroken(named(node, graph))}: {ratio:.2g} times its share of the area."
 
 
 def _few_channels(graph: FlowGraph) -> str:

@@ -24,7 +24,16 @@ from .flow_finding import flow_finding
 from .flow_legend import SIGNS
 from .flow_notes import Counts, Pairs, counted
 from .flow_parts import Band, DrawnNode, Label, Scene
-from .flow_thumbnails import NodeThumbnails, Photo, Pixels, node_thumbnails, painted, photo_pixels, region_places
+from .flow_thumbnails import (
+    NodeThumbnails,
+    Photo,
+    Pixels,
+    node_thumbnails,
+    painted,
+    photo_pixels,
+    region_areas,
+    region_places,
+)
 from .ribbons import DARK, LIGHT, Palette, percent
 
 WIDTH, COLUMN = 10.0, 2.0
@@ -76,7 +85,10 @@ def sankey(
     photo = image if isinstance(image, Photo) or image is None else Photo(image)
     thumbnails = node_thumbnails(graph, maps or {}, photo)
     width = max(WIDTH, COLUMN * len(graph.layers))
-    scene = scene_of(graph, "", "", thumbnails, None, width, signs, maps_at, pairs=pairs, counts=counts, finding="")
+    areas = region_areas(photo) if photo is not None else {}
+    scene = scene_of(
+        graph, "", "", thumbnails, None, width, signs, maps_at, pairs=pairs, counts=counts, finding="", areas=areas
+    )
     said = flow_caption(graph, walks=walks) if caption is None else caption
     title = flow_finding(graph) if finding is None else finding
     names = {node.key: node_name(counted(node, counts or {})) for node in graph.nodes}

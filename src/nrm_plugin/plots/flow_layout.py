@@ -13,7 +13,7 @@ import numpy as np
 from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
 from .arrays import Array
 from .flow_columns import drawn_columns, is_difference, layer_note, node_name, tone_of
-from .flow_notes import NOTES, Counts, counted
+from .flow_notes import DENSITIES, NOTES, Counts, counted
 from .flow_parts import BAR, LEAST_LETTERS, LINE, MARGIN, Band, Box, DrawnNode, Label, Scene, Sizes
 from .flow_text import cut, text_width, wrapped_lines
 from .ribbons import percent
@@ -101,7 +101,8 @@ def flow_scene(
     bottom = max([node.box.bottom for node in nodes], default=top + 20) + 10
     note = f"Ribbons thinner than a hairline, together {percent(omitted)}, are not drawn." if omitted > 1e-3 else ""
     written = " ".join(label.text for node in nodes for label in node.labels)
-    terms = [NOTES] if any(label.tone == "pale" for node in nodes for label in node.labels) else []
+    noted = {node.column > 0 for node in nodes for label in node.labels if label.tone == "pale"}
+    terms = [said for said, is_upper in ((DENSITIES, False), (NOTES, True)) if is_upper in noted]
     terms += [CHANNELS] if "\u00a0ch." in written else []
     terms += [NUMBERS] if any(sizes.bare) else []
     sentences = " ".join(filter(None, (key, *terms, note)))

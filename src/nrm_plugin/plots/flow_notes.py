@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..measure.flow_graph import FlowEdge, FlowGraph, FlowNode
-from .flow_columns import node_name
+from .flow_columns import is_difference, node_name
 from .flow_finding import sign_of
 from .ribbons import percent, times
 
@@ -22,6 +22,8 @@ NOTES = (
     "parentheses, this share divided by the part's share of all relevance, if that is at least 1.25."
 )
 """Sentence of the legend about the notes."""
+DENSITIES = "Below a part: its share of all relevance divided by its share of the area."
+"""Sentence of the legend about the notes of parts."""
 LEAST_SHARE, LEAST_RATIO, LEAST_MASS, LEAST_NET = 0.1, 1.25, 0.01, 1 / 3
 """Criteria for a note: smallest fraction of the group's relevance in the part, smallest ratio to the part's fraction of
 all relevance, smallest absolute mass of the group and of the part, and smallest fraction of the group's absolute
@@ -45,10 +47,10 @@ def counted(node: FlowNode, counts: Counts, unit: str = "channels") -> FlowNode:
 def standing_out(graph: FlowGraph, pairs: Pairs) -> dict[str, tuple[str, ...]]:
     r"""Names the image part that is most over-represented in each group of channels, such as "part 3 45% (×2.2)".
 
-    The fraction :math:`\mu(B \mid A)` of the group's relevance in a part ``B`` of the image is compared with the fraction
-    :math:`\mu(B)` of all relevance in it. A group has no note if no part has 1.25 times its fraction of all relevance and
-    at least a tenth of the group's relevance, or if most of the relevance of the group cancels. All parts with relevance
-    of the sign of the total are considered.
+    The fraction :math:`\mu(B \mid A)` of the group's relevance in a part ``B`` of the image is compared with the
+    fraction :math:`\mu(B)` of all relevance in it. A group has no note if no part has 1.25 times its fraction of all
+    relevance and at least a tenth of the group's relevance, or if most of the relevance of the group cancels. All parts
+    with relevance of the sign of the total are considered.
 
     Args:
         graph: A flow whose lowest layer is the input.
@@ -77,6 +79,21 @@ def standing_out(graph: FlowGraph, pairs: Pairs) -> dict[str, tuple[str, ...]]:
     return notes
 
 
+def densities(graph: FlowGraph, areas: Mapping[str, float]) -> dict[str, tuple[str, ...]]:
+    """Returns the ratio between each image part's share of the relevance and of the area, such as ``×2.0``.
+
+    Args:
+        graph: A flow.
+        areas: Fraction of the image that each input node covers, keyed by node.
+
+    Returns:
+        A note for each part with relevance of the sign of the total, keyed by node.
+    """
+    sign = sign_of(graph)
+    parts = [] if is_difference(graph) else [node for node in graph.nodes if areas.get(node.key, 0.0) > 0]
+    return {node.key: (times(sign * node.mass / areas[node.key]),) for node in parts if sign * node.mass > 0}
+
+
 def _gross(edges: Sequence[FlowEdge], node: FlowNode) -> float:
     """Returns the total absolute relevance of the ribbons on the side of a node where more of it cancels."""
     above = [edge.mass for edge in edges if edge.lower.key == node.key]
@@ -84,4 +101,4 @@ def _gross(edges: Sequence[FlowEdge], node: FlowNode) -> float:
     return max(sum(map(abs, above)), sum(map(abs, below)))
 
 
-__all__ = ["GROUP", "NOTES", "Counts", "Pairs", "counted", "is_group", "standing_out"]
+__all__ = ["DENSITIES", "GROUP", "NOTES", "Counts", "Pairs", "counted", "densities", "is_group", "standing_out"]
