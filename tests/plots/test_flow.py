@@ -31,7 +31,7 @@ from nrm_plugin.measure.layer_profile import profile
 from nrm_plugin.plots.flow import flow_figure, profile_figure, walk_bands
 from nrm_plugin.plots.flow_layout import DARKER, FAINT, HAIRLINE, PALER, flow_scene
 from nrm_plugin.plots.flow_thumbnails import Photo
-from nrm_plugin.plots.ribbons import DARK, LIGHT, percent
+from nrm_plugin.plots.ribbons import DARK, LIGHT, short_percent
 from tests.conftest import slow_but
 from tests.flows import X, full_graph, measure, net
 from tests.plots.test_flow_caption import JOINTS, LOWEST, MIDDLE
@@ -90,7 +90,7 @@ def test_widths_of_ribbons_and_heights_of_bars_are_relevance_on_one_scale(full, 
     assert scene.omitted == pytest.approx(sum(map(abs, left.values())), abs=1e-9)
     written = " ".join(texts(figure))
     for node in scene.nodes:
-        assert percent(node.node.mass) in written
+        assert short_percent(node.node.mass) in written
     assert "channel" in written
     palette = DARK if dark else LIGHT
     colors = {
@@ -293,6 +293,8 @@ def test_named_walks_are_drawn_in_their_own_width_within_the_ribbons(monkeypatch
         assert second.end[1] - second.width / 2 == pytest.approx(first.end[1] + first.width / 2)
     assert walk_bands(scene, [(walk, 0.01)]) == []
     (widest, _) = walk_bands(scene, [(walk, 2.0)])
+    signs = [[band.tone for band in walk_bands(scene, [(walk, sign * mass)])] for sign in (1, -1)]
+    assert signs == [["positive"] * 2, ["negative"] * 2]  # whatever the color of the ribbons
     assert widest.width == pytest.approx(widths[0])  # never wider than its ribbon
     figure = flow_figure(graph, walks=[(walk, mass)])
     assert sum(patch.get_linewidth() == 0.5 and not patch.get_fill() for patch in shapes(figure, PathPatch)) == 2

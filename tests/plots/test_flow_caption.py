@@ -185,6 +185,21 @@ def test_all_that_speak_against_are_named():
     assert "Against “zebra”: A3 of conv with −30% and A4 of conv with −10%." in said
 
 
+def test_totals_of_both_signs_are_stated_where_they_cancel():
+    upper = layer("conv", ("A1", "A2", "A3"), (0.9, 0.51, -0.41))
+    less = layer("block", ("B1", "B2"), (1.3, -0.3))
+    graph = FlowGraph((TOP, less, upper, LOWEST), (np.zeros((3, 4)), np.zeros((4, 5)), np.zeros((5, 5))))
+    said = "In conv, 100% = 141% − 41%, the totals of its nodes for and against."
+    assert said in flow_caption(graph)
+    assert "In conv, −100% = 41% − 141%, the" in flow_caption(negative(graph))
+    assert "In block" not in flow_caption(graph)
+    for mass, stated in ((0.21, True), (0.19, False)):
+        one = layer("conv", ("A1", "A2"), (1 + mass, -mass))
+        assert ("% − " in flow_caption(FlowGraph((TOP, one), (np.zeros((3, 4)),)))) == stated
+    difference = layer("conv", ("A1", "A2"), (0.5, -0.5))
+    assert "% − " not in flow_caption(FlowGraph((difference,), ()))
+
+
 def test_a_graph_without_relevance_has_no_caption():
     nothing = FlowLayer("input", (), (), (), 0.0, 0, 1.0, 0.0)
     assert flow_caption(FlowGraph((nothing,), ())) == "100% is lost to biases and constants above the input."

@@ -15,7 +15,7 @@ def test_the_key_explains_what_is_drawn():
     assert "hatched" in key_text(False, True)
     assert "hatched" not in key_text(True, False)
     assert "Thumbnails" in key_text(True, False)
-    assert "at the resolution of conv" in key_text(True, False, maps_at="conv")
+    assert "lies (at the resolution of conv), whatever its amount" in key_text(True, False, maps_at="conv")
     graph = FlowGraph((TOP, MIDDLE, LOWEST), JOINTS)
     assert "blue evidence against it" in key_text(False, False, graph=graph)
     assert "cancel" in key_text(False, False, graph=graph)

@@ -149,6 +149,15 @@ def test_the_crop_contains_relevance_of_both_signs():
     assert not is_cropped(None)
 
 
+def test_thumbnails_do_not_show_the_amount_of_relevance():
+    maps = {"a/0": np.random.default_rng(0).random((30, 30)), "a/1": np.random.default_rng(1).random((30, 30))}
+    thumbnails = [node_thumbnails(graph(0.5, 0.5), maps | {"a/1": scale * maps["a/1"]}) for scale in (1, 0.01)]
+    assert thumbnails[0] is not None
+    assert thumbnails[1] is not None
+    for key in maps:
+        np.testing.assert_allclose(thumbnails[0].values[key], thumbnails[1].values[key], atol=1e-6)
+
+
 def test_a_crop_is_noticed():
     one = np.zeros((100, 100))
     one[40:50, 40:50] = 1.0

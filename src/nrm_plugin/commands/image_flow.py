@@ -25,7 +25,7 @@ from ..plots.flow_notes import Pairs
 from ..plots.flow_places import place_name
 from ..plots.flow_thumbnails import Photo, region_areas
 from ..plots.layer_profile import profile_figure
-from ..plots.ribbons import percent
+from ..plots.ribbons import short_percent
 from ..search.group_walks import group_walks, least_passes
 from . import messages
 from .flow_groups import Division, FlowOptions, channel_counts, division, regions_of
@@ -289,14 +289,14 @@ def _rank(flow: ImageFlow) -> str:
     if len(flow.outputs) < 2:
         return ""
     softmax = flow.outputs.double().softmax(0)
-    share = percent(float(softmax[flow.target]))
+    share = short_percent(float(softmax[flow.target]))
     rank = 1 + int((flow.outputs > flow.outputs[flow.target]).sum())
     if rank == 1:
         second = float(softmax.topk(2).values[1])
         is_close = bool(flow.next_class) and second >= LEAST_NEXT
-        after = f"; the next is {flow.next_class} with {percent(second)}" if is_close else ""
+        after = f"; the next is {flow.next_class} with {short_percent(second)}" if is_close else ""
         return f"The model predicts this class, with a softmax of {share}{after}."
-    first = f"; the first is {flow.next_class} with {percent(float(softmax.max()))}" if flow.next_class else ""
+    first = f"; the first is {flow.next_class} with {short_percent(float(softmax.max()))}" if flow.next_class else ""
     return f"The model does not predict this class: its softmax of {share} has rank {rank}{first}."
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..dataset.images import LoadedImage
 from ..plots.flow_thumbnails import Photo
-from ..plots.ribbons import percent
+from ..plots.ribbons import short_percent
 from .model_loading import LoadedModel
 
 LARGEST = 640
@@ -64,7 +64,7 @@ def crop_note(shown: Photo) -> str:
     share = 1 - (right - left) * (bottom - top)
     if share < LEAST:
         return ""
-    return f"The model saw only the framed part, {percent(1 - share)} of the image."
+    return f"The model saw only the framed part, {short_percent(1 - share)} of the image."
 
 
 def margins(loaded: LoadedModel, source: LoadedImage) -> float:
@@ -91,5 +91,6 @@ def margin_note(share: float, relevance: float) -> str:
     """
     if share < LEAST:
         return ""
-    text = f"The margins, {percent(share)} of the model's input, only make the image square. Areas do not count them."
-    return text if abs(relevance) < LEAST else f"{text} {percent(relevance)} of the relevance comes from them."
+    covered = short_percent(share)
+    text = f"The margins, {covered} of the model's input, only make the image square. Areas do not count them."
+    return text if abs(relevance) < LEAST else f"{text} {short_percent(relevance)} of the relevance comes from them."

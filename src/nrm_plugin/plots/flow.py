@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -178,7 +177,10 @@ def curve(band: Band) -> list[tuple[float, float]]:
 
 
 def walk_bands(scene: Scene, walks: Walks) -> list[Band]:
-    """Returns bands for the walks that the caption names, drawn to scale at the upper edges of the ribbons."""
+    """Returns bands for the walks that the caption names, to scale at the upper edges of the ribbons.
+
+    Each walk has the color of its own sign along its whole length, also within ribbons of the other sign.
+    """
     ribbons = {(band.lower, band.upper): band for band in scene.bands}
     filled = dict.fromkeys(ribbons, 0.0)
     bands = []
@@ -190,7 +192,8 @@ def walk_bands(scene: Scene, walks: Walks) -> list[Band]:
                 shift = filled[pair] + width / 2 - ribbon.width / 2
                 start, end = ((x, y + shift) for x, y in (ribbon.start, ribbon.end))
                 filled[pair] += width
-                bands.append(replace(ribbon, value=mass, start=start, end=end, width=width, strength=0.9))
+                tone = "positive" if mass > 0 else "negative"
+                bands.append(Band(*pair, mass, start, end, width, tone, strength=0.9))
     return bands
 
 

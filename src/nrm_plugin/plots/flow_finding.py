@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
 from .flow_columns import NUMBERED, is_difference, node_name
-from .ribbons import percent, times
+from .ribbons import percent, short_percent, times
 
 HALF = 0.5
 """Fraction of a layer's relevance that the named nodes hold. At most :data:`NAMED` nodes are named."""
@@ -127,7 +127,7 @@ def _dense_clause(layer: FlowLayer, sign: int, places: Places, areas: Mapping[st
         return ""
     where = f" ({places[node.key]})" if places.get(node.key) else ""
     ratio = times(sign * node.mass / areas[node.key])
-    shares = f"{percent(node.mass)} on {percent(areas[node.key])} of the area"
+    shares = f"{short_percent(node.mass)} on {short_percent(areas[node.key])} of the area"
     return f"; densest in {node_name(node)}{where}: {shares} ({ratio})"
 
 
@@ -151,7 +151,7 @@ def difference_finding(graph: FlowGraph, first: str, second: str, places: Places
             own = [node for node in nodes if node.layer == layer.name and sign * node.mass >= ALIKE]
             if own:
                 node = max(own, key=lambda node: sign * node.mass)
-                notes = [(places or {}).get(node.key, ""), percent(node.mass)]
+                notes = [(places or {}).get(node.key, ""), short_percent(node.mass)]
                 where = "" if layer.name == "input" else f" of {layer.name}"
                 said.append(f"{node_name(node)}{where} ({', '.join(filter(None, notes))})")
         sides += [f"more for {name}: {listed(said)}"] if said else []
@@ -218,12 +218,12 @@ def _clause(layer: FlowLayer, says: str, notes: str, sign: int, nodes: Sequence[
     """Describes the given main nodes of a layer and their total mass, or the mass of the hidden nodes."""
     of_layer = "" if layer.name == "input" else f" of {layer.name}"
     if layer.others and sign * layer.rest >= HALF:
-        return f"{percent(layer.rest)} {says} the {layer.others} {members_of(layer)}{of_layer} that are not shown"
+        return f"{short_percent(layer.rest)} {says} the {layer.others} {members_of(layer)}{of_layer} that are not shown"
     if sign * layer.bypass >= HALF:
-        return f"{percent(layer.bypass)} {says.removesuffix(THROUGH)}bypasses {layer.name}"
-    said = f"{percent(sum(node.mass for node in nodes))} {says} {together([node_name(node) for node in nodes])}"
+        return f"{short_percent(layer.bypass)} {says.removesuffix(THROUGH)}bypasses {layer.name}"
+    said = f"{short_percent(sum(node.mass for node in nodes))} {says} {together([node_name(node) for node in nodes])}"
     worst = min(groups_of(layer), key=lambda node: sign * node.mass)
-    against = f", against {percent(worst.mass)} from {node_name(worst)}" if sign * worst.mass <= AGAINST else ""
+    against = f", against {short_percent(worst.mass)} from {node_name(worst)}" if sign * worst.mass <= AGAINST else ""
     return f"{said}{notes}{of_layer}{against}"
 
 

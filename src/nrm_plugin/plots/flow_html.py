@@ -34,7 +34,7 @@ from .flow_thumbnails import (
     region_areas,
     region_places,
 )
-from .ribbons import DARK, LIGHT, Palette, percent
+from .ribbons import DARK, LIGHT, Palette, percent, short_percent
 
 WIDTH, COLUMN = 10.0, 2.0
 """Nominal width of the drawing and least width per layer in inches, the references for font sizes. The page scales the
@@ -190,7 +190,7 @@ def _listed_walks(graph: FlowGraph, walks: Walks) -> str:
     """Returns the list of walks over groups as HTML."""
     if not walks:
         return ""
-    said = [f"{escape(walk_name(graph, keys))}: {percent(mass)}" for keys, mass in walks]
+    said = [f"{escape(walk_name(graph, keys))}: {short_percent(mass)}" for keys, mass in walks]
     items = [f'<li><button type="button" data-walk="{number}">{text}</button></li>' for number, text in enumerate(said)]
     summary = "<summary>Strongest walks (point to one to see it)</summary>"
     return f'<details open class="walks">{summary}<ol>{"".join(items)}</ol></details>\n'
@@ -215,7 +215,7 @@ def _photograph(photo: Photo, thumbnails: NodeThumbnails | None, graph: FlowGrap
 def _photo_text(photo: Photo) -> str:
     left, top, right, bottom = photo.seen
     outside = 1 - (right - left) * (bottom - top)
-    note = f"; the model did not see {percent(outside)} of it, outside of the frame" if outside > 1e-3 else ""
+    note = f"; the model did not see {short_percent(outside)} of it, outside of the frame" if outside > 1e-3 else ""
     return f"the explained image{note}"
 
 
@@ -238,7 +238,7 @@ def _band(number: int, band: Band, nodes: Mapping[str, DrawnNode]) -> str:
 
 def _node(node: DrawnNode, name: str, thumbnails: NodeThumbnails | None) -> str:
     box = node.box
-    name = f"{node.node.layer}, {name}: {percent(node.node.mass)}"
+    name = f"{node.node.layer}, {name}: {short_percent(node.node.mass)}"
     parts = [
         f'<g class="node" role="button" tabindex="-1" aria-pressed="false" aria-label="{escape(name)}" '
         f'data-key="{escape(node.node.key)}">',
@@ -295,6 +295,7 @@ def _data(graph: FlowGraph, scene: Scene, names: Mapping[str, str], pairs: Pairs
         "known": sorted({(_column(scene, place, upper), _column(scene, place, lower))
                          for upper, lower in joint if upper in place and lower in place}),
         "walks": [[place[key] for key in keys if key in place] for keys, _ in walks],
+        "signs": [1 if mass > 0 else -1 for _, mass in walks],
     }  # fmt: skip
 
 

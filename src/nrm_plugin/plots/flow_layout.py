@@ -16,7 +16,7 @@ from .flow_columns import drawn_columns, is_difference, layer_note, node_name, t
 from .flow_notes import DENSITIES, NOTES, Counts, counted
 from .flow_parts import BAR, LEAST_LETTERS, LINE, MARGIN, Band, Box, DrawnNode, Label, Scene, Sizes
 from .flow_text import cut, text_width, wrapped_lines
-from .ribbons import percent
+from .ribbons import short_percent
 
 HAIRLINE = 0.3
 """Smallest width of a drawn ribbon, in points."""
@@ -99,7 +99,9 @@ def flow_scene(
     ]
     bands, omitted = _bands(graph, columns, nodes, unit)
     bottom = max([node.box.bottom for node in nodes], default=top + 20) + 10
-    note = f"Ribbons thinner than a hairline, together {percent(omitted)}, are not drawn." if omitted > 1e-3 else ""
+    note = (
+        f"Ribbons thinner than a hairline, together {short_percent(omitted)}, are not drawn." if omitted > 1e-3 else ""
+    )
     written = " ".join(label.text for node in nodes for label in node.labels)
     noted = {node.column > 0 for node in nodes for label in node.labels if label.tone == "pale"}
     terms = [said for said, is_upper in ((DENSITIES, False), (NOTES, True)) if is_upper in noted]
@@ -114,7 +116,7 @@ def flow_scene(
 def _legend(text: str, top: float, sizes: Sizes) -> tuple[Label, ...]:
     """Returns the lines of the legend below the flow."""
     size = sizes.small
-    lines = wrapped_lines(text, sizes.width - 2 * MARGIN, size)
+    lines = wrapped_lines(text, 0.99 * sizes.width - 2 * MARGIN, size)
     return tuple(
         Label(MARGIN, top + 5 + row * LINE * size, line, size, "start", "pale") for row, line in enumerate(lines)
     )
@@ -338,7 +340,7 @@ def _labels(
         return (Label(x, y + 0.5 * LINE * size, _one_line(node), size, anchor, tone, True),)
     name = _name_lines(_fitting(node, room, size, sizes.bare[number]), sizes.lines[number] - 1, room, size)
     labels = [Label(x, y + (row + 0.5) * LINE * size, text, size, anchor) for row, text in enumerate(name)]
-    return (*labels, Label(x, y + (len(name) + 0.5) * LINE * size, percent(node.mass), size, anchor, tone, True))
+    return (*labels, Label(x, y + (len(name) + 0.5) * LINE * size, short_percent(node.mass), size, anchor, tone, True))
 
 
 def _note(texts: Sequence[str], above: Label, sizes: Sizes, number: int, is_between: bool) -> tuple[Label, ...]:
@@ -372,7 +374,7 @@ def _shorter(node: FlowNode) -> str:
 
 
 def _one_line(node: FlowNode) -> str:
-    return f"{node_name(node)}  {percent(node.mass)}"
+    return f"{node_name(node)}  {short_percent(node.mass)}"
 
 
 # -- ribbons --------------------------------------------------------------------------------------------------------

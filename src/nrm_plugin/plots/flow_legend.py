@@ -31,8 +31,8 @@ OFF = (
     "dotted if it bypasses the layer."
 )
 THUMBNAILS = (
-    "Thumbnails show the relevance of a node per area{}, on one color scale per layer: a large pale part may carry "
-    "more than a small strongly colored one."
+    "Thumbnails show where the relevance of a node lies{}, whatever its amount: each is divided by the total absolute "
+    "relevance of its node. On the color scale of each layer, strong color is concentrated and pale color spread out."
 )
 CROP = "A white frame in the photograph marks the part that thumbnails show."
 VISIBLE = 1e-4

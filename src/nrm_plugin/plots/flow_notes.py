@@ -9,7 +9,7 @@ from dataclasses import replace
 from ..measure.flow_graph import FlowEdge, FlowGraph, FlowNode
 from .flow_columns import is_difference, node_name
 from .flow_finding import sign_of
-from .ribbons import percent, times
+from .ribbons import short_percent, times
 
 Counts = Mapping[str, int]
 """Number of channels of each group, keyed by node."""
@@ -74,7 +74,7 @@ def standing_out(graph: FlowGraph, pairs: Pairs) -> dict[str, tuple[str, ...]]:
         part = max(large, key=lambda part: shares[part] / (sign * part.mass), default=None)
         if part is not None and shares[part] >= LEAST_RATIO * sign * part.mass:
             name = f"patch {part.label}" if GROUP.fullmatch(part.label) else node_name(part)
-            said = f"{name} {percent(shares[part])}"
+            said = f"{name} {short_percent(shares[part])}"
             notes[node.key] = (f"{said} ({times(shares[part] / (sign * part.mass))})", said, name)
     return notes
 
