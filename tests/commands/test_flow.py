@@ -234,6 +234,25 @@ def test_figures_for_papers(here, kind):
 
 
 @pytest.mark.medium
+@pytest.mark.parametrize(
+    ("options", "made"),
+    [
+        (["--composite", "nrm_absolute"], "flow_nets:Branches · NRMAbsolute · no reference"),
+        (["--composite", "epsilon_plus"], "flow_nets:Branches · EpsilonPlus · no reference"),
+        (["--reference", "black"], "flow_nets:Branches · secant slopes · compared with a black image"),
+        (["--target", "1", "--minus", "2"], "flow_nets:Branches · NRMDefault · no reference"),
+    ],
+)
+def test_figures_and_pages_say_how_they_were_made(here, options, made):
+    assert run("noise.png", *OWN, "--layers", "a", "input", "--format", "svg", *options) == 0
+    (page,), (figure,) = Path("nrm-flow").glob("*.html"), Path("nrm-flow").glob("noise-[fd]*.svg")
+    text = page.read_text()
+    assert f'<p class="heading">{made}</p>' in text
+    assert f'aria-label="flow: {made}"' in text
+    assert made in figure.read_text()
+
+
+@pytest.mark.medium
 def test_margins_are_no_area_and_their_relevance_is_said(here):
     Image.open("noise.png").resize((60, 20)).save("wide.png")
     options = ["--layers", "a", "input", "--fit", "pad", "--composite", "epsilon_plus", "--target", "1"]

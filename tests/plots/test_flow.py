@@ -300,6 +300,17 @@ def test_named_walks_are_drawn_in_their_own_width_within_the_ribbons(monkeypatch
     assert sum(patch.get_linewidth() == 0.5 and not patch.get_fill() for patch in shapes(figure, PathPatch)) == 2
 
 
+@pytest.mark.parametrize("finding", ["a finding", ""])
+def test_a_line_says_how_a_figure_was_made(finding):
+    figure = flow_figure(made_graph([1, 3]), "a heading", finding=finding, caption="a caption", made="net · rules")
+    places = {text.get_text(): text.get_position()[1] for text in figure.axes[0].texts}
+    order = ["a heading", "net · rules", *filter(None, [finding]), "a caption"]
+    assert [text for text in sorted(order, key=places.__getitem__)] == order
+    (line,) = (text for text in figure.axes[0].texts if text.get_text() == "net · rules")
+    assert line.get_weight() == "normal"
+    assert (line.get_color() == LIGHT.pale) == bool(finding)
+
+
 def test_negative_relevance_of_a_rest_is_not_grey():
     graph = made_graph([1, 3])
     joint = np.zeros((3, 5))

@@ -35,6 +35,7 @@ from .output_files import (
     explained_title,
     image_settings,
     json_stem,
+    made_by,
     save_figure,
     short,
     versions,
@@ -107,6 +108,7 @@ def explain_difference(
         ),
         "maps_at": maps_at,
         "counts": counts,
+        "made": made_by(loaded, request),
     }
     sentences = {"finding": parts["finding"], "caption": parts["caption"]}
     heading = _heading(loaded, first, second)

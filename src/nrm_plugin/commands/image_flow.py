@@ -36,6 +36,7 @@ from .output_files import (
     explained_title,
     image_settings,
     json_stem,
+    made_by,
     save_figure,
     short,
     versions,
@@ -240,6 +241,7 @@ def _write(
     parts: dict[str, Any] = {"maps": flow.heat_maps, "image": flow.photo, "caption": caption(flow)}
     parts |= {"maps_at": flow.maps_at, "walks": flow.walks, "pairs": flow.pairs}
     parts |= {"counts": channel_counts(flow.graph, flow.groups), "finding": finding(flow)}
+    parts |= {"made": made_by(loaded, request)}
     parts |= {"signs": LOWERS} if flow.lowers else {}
     drawn = flow_figure(flow.graph, heading, options.dark, width=options.width, **parts)
     save_figure(drawn, figure, options.dark, options.dpi)

@@ -56,6 +56,7 @@ def flow_figure(
     pairs: Pairs | None = None,
     counts: Counts | None = None,
     finding: str | None = None,
+    made: str = "",
 ) -> Figure:
     """Draws a flow graph as ribbons between nodes, with the input on the left and heights proportional to relevance.
 
@@ -81,6 +82,7 @@ def flow_figure(
         counts: Number of channels in each group, keyed by node. It is shown where there is enough space.
         finding: Title of the figure; by default :func:`~nrm_plugin.plots.flow_finding.flow_finding`. If it is empty,
             the heading is the title.
+        made: A line on how the flow was computed, such as "vgg16 · NRMAbsolute · no reference", below the heading.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
@@ -96,7 +98,20 @@ def flow_figure(
     thumbnails = node_thumbnails(graph, maps or {}, photo)
     areas = region_areas(photo) if photo is not None else {}
     scene = scene_of(
-        graph, heading, caption, thumbnails, photo, width, signs, maps_at, walks, pairs, counts, finding, areas
+        graph,
+        heading,
+        caption,
+        thumbnails,
+        photo,
+        width,
+        signs,
+        maps_at,
+        walks,
+        pairs,
+        counts,
+        finding,
+        areas,
+        made,
     )
     figure = Figure(figsize=(scene.width / 72, scene.height / 72))
     figure.set_facecolor(palette.paper)
@@ -132,14 +147,22 @@ def scene_of(
     counts: Counts | None = None,
     finding: str | None = None,
     areas: Mapping[str, float] | None = None,
+    made: str = "",
 ) -> Scene:
     """Computes the layout of a flow, including its caption and legend."""
+    finding = flow_finding(graph) if finding is None else finding
+    caption = flow_caption(graph, walks=walks) if caption is None else caption.replace(r"\$", "$")
+    heading = heading.replace(r"\$", "$")
+    if finding and heading:  # a gray line of its own, as the heading above it
+        heading = "\n".join(filter(None, (heading, made)))
+    else:
+        caption = "\n".join(filter(None, (made, caption)))
     shown: Mapping[str, object] = thumbnails.values if thumbnails else {}
     notes = densities(graph, areas or {}) | ({} if pairs is None else standing_out(graph, pairs))
     return flow_scene(
         graph,
-        heading.replace(r"\$", "$"),
-        flow_caption(graph, walks=walks) if caption is None else caption.replace(r"\$", "$"),
+        heading,
+        caption,
         key_text(
             bool(shown),
             has_off(graph),
@@ -156,7 +179,7 @@ def scene_of(
         photo.file.shape[0] / photo.file.shape[1] if photo is not None else None,
         notes,
         counts,
-        flow_finding(graph) if finding is None else finding,
+        finding,
     )
 
 

@@ -56,6 +56,7 @@ def sankey(
     signs: tuple[str, str] = SIGNS,
     counts: Counts | None = None,
     finding: str | None = None,
+    made: str = "",
 ) -> str:
     """Returns a flow graph as a self-contained HTML page for light and dark backgrounds.
 
@@ -78,6 +79,7 @@ def sankey(
         signs: As in :func:`~nrm_plugin.plots.flow_figure`.
         counts: As in :func:`~nrm_plugin.plots.flow_figure`.
         finding: As in :func:`~nrm_plugin.plots.flow_figure`.
+        made: As in :func:`~nrm_plugin.plots.flow_figure`.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
@@ -91,6 +93,7 @@ def sankey(
     )
     said = flow_caption(graph, walks=walks) if caption is None else caption
     title = flow_finding(graph) if finding is None else finding
+    line = f'\n<p class="heading">{escape(made)}</p>' if made else ""
     names = {node.key: node_name(counted(node, counts or {})) for node in graph.nodes}
     data = json.dumps(_data(graph, scene, names, pairs or {}, walks), allow_nan=False).replace("<", "\\u003c")
     nodes = {node.node.key: node for node in scene.nodes}
@@ -100,11 +103,12 @@ def sankey(
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(heading)}</title>\n<style>\n{_style()}</style>\n</head>\n<body>\n<main>\n<header>",
         _photograph(photo, thumbnails, graph) if photo else "",
-        f'<div>\n<p class="heading">{escape(heading)}</p>\n<h1>{escape(title)}</h1>\n<p>{escape(said)}</p>'
+        f'<div>\n<p class="heading">{escape(heading)}</p>{line}\n<h1>{escape(title)}</h1>\n<p>{escape(said)}</p>'
         if title
-        else f"<div>\n<h1>{escape(heading)}</h1>\n<p>{escape(said)}</p>",
+        else f"<div>\n<h1>{escape(heading)}</h1>{line}\n<p>{escape(said)}</p>",
         f"{_listed_walks(graph, walks)}{CONTROLS}\n</div>\n</header>",
-        f'<svg id="flow" viewBox="0 0 {scene.width:.1f} {scene.bottom:.1f}" role="group" aria-label="flow">',
+        f'<svg id="flow" viewBox="0 0 {scene.width:.1f} {scene.bottom:.1f}" role="group" '
+        f'aria-label="{escape(": ".join(filter(None, ("flow", made))))}">',
         DEFINITIONS,
         *(_text(label) for label in scene.labels),
         '<g class="bands">',
@@ -134,6 +138,7 @@ def save_sankey(
     signs: tuple[str, str] = SIGNS,
     counts: Counts | None = None,
     finding: str | None = None,
+    made: str = "",
 ) -> Path:
     """Writes the page returned by :func:`sankey` to a file and returns the path."""
     path = Path(path)
@@ -150,6 +155,7 @@ def save_sankey(
             signs=signs,
             counts=counts,
             finding=finding,
+            made=made,
         ),
         encoding="utf-8",
     )
