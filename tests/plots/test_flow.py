@@ -1,7 +1,7 @@
 """Figures of flow graphs.
 
-Covers: nrm_plugin.plots.flow_layout, nrm_plugin.plots.flow_columns, nrm_plugin.plots.flow_parts,
-nrm_plugin.plots.layer_profile, nrm_plugin.measure.flow_heat_maps.
+Covers: nrm_plugin.plots.flow_layout, nrm_plugin.plots.flow_bands, nrm_plugin.plots.flow_columns,
+nrm_plugin.plots.flow_parts, nrm_plugin.plots.layer_profile, nrm_plugin.measure.flow_heat_maps.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from nrm_plugin.measure.flow_heat_maps import flow_maps
 from nrm_plugin.measure.flow_nodes import FlowLayer
 from nrm_plugin.measure.layer_profile import profile
 from nrm_plugin.plots.flow import flow_figure, profile_figure, walk_bands
-from nrm_plugin.plots.flow_layout import DARKER, FAINT, HAIRLINE, PALER, flow_scene
+from nrm_plugin.plots.flow_bands import DARKER, FAINT, HAIRLINE, PALER
+from nrm_plugin.plots.flow_layout import flow_scene
 from nrm_plugin.plots.flow_thumbnails import Photo
 from nrm_plugin.plots.ribbons import DARK, LIGHT, short_percent
 from tests.conftest import slow_but
@@ -311,6 +312,23 @@ def test_a_line_says_how_a_figure_was_made(finding):
     assert (line.get_color() == LIGHT.pale) == bool(finding)
 
 
+def test_cancelling_relevance_off_a_layer_is_written_with_both_totals():
+    layers = (made_layer("output", ("zebra",), (1.0,)), made_layer("conv", ("A1", "A2"), (1.0, 0.0)),
+              made_layer("input", ("part 1", "part 2"), (1.0, 0.0)))  # fmt: skip
+    joints = (np.zeros((3, 4)), np.zeros((4, 4)))
+    joints[0][0, 0] = 1.0
+    joints[1][0, 0], joints[1][3, :2] = 1.0, (0.4, -0.4)
+    scene = flow_scene(FlowGraph(layers, joints), width=8)
+    (off,) = (node for node in scene.nodes if node.node.kind == "off")
+    assert off.labels[-1].text.endswith("+40% −40%")
+    joints[1][3, 1] = -0.3
+    part = replace(layers[1], bypass=0.1)
+    scene = flow_scene(FlowGraph((layers[0], part, layers[2]), joints), width=8)
+    (off,) = (node for node in scene.nodes if node.node.kind == "off")
+    assert off.labels[-1].text.endswith("10%")
+    assert "−" not in off.labels[-1].text
+
+
 def test_negative_relevance_of_a_rest_is_not_grey():
     graph = made_graph([1, 3])
     joint = np.zeros((3, 5))
@@ -322,3 +340,4 @@ def test_negative_relevance_of_a_rest_is_not_grey():
     assert band.tone == "negative"
     rest = next(node for node in scene.nodes if node.node.kind == "rest")
     assert {tone for _, tone in rest.bars} == {"negative"}
+    assert rest.labels[-1].tone == "negative"

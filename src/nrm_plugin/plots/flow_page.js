@@ -39,10 +39,11 @@ function condition(number) {
     const mass = number === null ? null : both(at, number);
     const share = mass === null ? null : mass / data.nodes[number].mass;
     const text = number === null ? masses[at] : share === null ? "not stored" : percent(share);
-    labels[at].textContent = texts[at].replace(masses[at], text);
+    const totals = /\+\S+ −\S+$/;  // totals of both signs in place of a mass
+    labels[at].textContent = number === null ? texts[at] : texts[at].replace(totals.test(texts[at]) ? totals : masses[at], text);
     // Blue marks evidence against the output, as in the ribbons, even if it is a positive share of a negative node.
     const evidence = mass ?? data.nodes[at].mass;
-    labels[at].classList.toggle("negative", data.nodes[at].kind === "group" && evidence < 0);
+    labels[at].classList.toggle("negative", data.nodes[at].kind !== "off" && evidence < 0);
     node.dataset.share = text;
     node.classList.toggle("faint", share !== null && Math.abs(share) < 0.005);
     node.setAttribute("aria-label", title(at) + ": " + text +
