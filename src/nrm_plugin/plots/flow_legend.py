@@ -25,8 +25,8 @@ SHARES = {
 NEGATIVE = "Each layer sums to −100%, because evidence against the output prevails."
 PATCHES = "A1, B1, … are patches of the image, named by column and row."
 DIFFERENCES = (
-    "Each layer sums to 0. Percentages are differences between shares of two outputs: 30% of one minus 20% of the other "
-    "is 10%."
+    "Each layer sums to 0. Percentages are differences between shares of two outputs: 30% of one minus 20% of the "
+    "other is 10%."
 )
 NOTHING_OFF = "Less than 0.5% is lost to biases and constants above a layer or bypasses it."
 OFF = (
