@@ -6,6 +6,7 @@ import copy
 import json
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -438,3 +439,16 @@ def test_the_command_measures_writes_and_renders(tmp_path, monkeypatch, capsys):
     command.main(["--nets", "tiny", "--quick"])
     quick = json.loads((tmp_path / "cache" / "quick" / command.RESULTS).read_text())
     assert quick["nets"]["tiny"]["samples"] == 2
+
+
+def test_the_figure_says_where_nothing_was_measured_and_that_higher_is_better(tmp_path, monkeypatch):
+    results = json.loads(Path("benchmarks/results/path_patching.json").read_text())
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, *_, **__: drawn.append(self))
+    figure.draw(results, tmp_path)
+    (one,) = drawn
+    kinds = [kind for net in results["nets"].values() for kind in net["kinds"].values()]
+    for panel, start in zip(one.axes, figure.TITLES, strict=True):
+        missing = sum(start not in kind["references"] for kind in kinds)
+        assert sum(text.get_text() == "not measured" for text in panel.texts) == missing
+    assert "higher is better" in one.get_suptitle()

@@ -29,6 +29,9 @@ def draw(results: dict[str, Any], images: Path) -> None:
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 0.9 + 0.27 * -height[-1]), sharey=True, layout="constrained")
     for axis, (start, title) in zip(panels, TITLES.items(), strict=True):
         for (name, kind), y in zip(rows, height, strict=True):
+            if start not in results["nets"][name]["kinds"][kind]["references"]:
+                axis.text(0.5, y, "not measured", color="0.5", fontsize=8, ha="center", va="center",
+                          transform=axis.get_yaxis_transform())  # fmt: skip
             measured = results["nets"][name]["kinds"][kind]["references"].get(start, {"scores": {}})
             for number, (score, (colour, marker, label)) in enumerate(DRAWN.items()):
                 one = measured["scores"].get(measured.get("best product") if score == "best product" else score)
@@ -49,6 +52,7 @@ def draw(results: dict[str, Any], images: Path) -> None:
         if number == 0 or rows[number - 1][0] != name:
             panels[0].text(-0.02, height[number] + 0.75, name, transform=panels[0].get_yaxis_transform(), ha="right",
                            va="center", fontsize=9, weight="bold")  # fmt: skip
+    figure.suptitle("Agreement of scores with exact path patching: higher is better", fontsize=11, weight="bold")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles[: len(DRAWN)], labels[: len(DRAWN)], loc="outside lower center", ncols=len(DRAWN), fontsize=9)
     figure.get_layout_engine().set(w_pad=0.1)  # the longest name of a row would touch the edge

@@ -20,6 +20,7 @@ from nrm_plugin import FlowGraph, RelevanceMeasure, patches
 from nrm_plugin.commands.cli import main
 from nrm_plugin.commands.model_loading import load
 from nrm_plugin.dataset.images import load_image
+from nrm_plugin.plots.ribbons import percent
 
 slowly = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 
@@ -191,7 +192,7 @@ def test_captions_say_what_the_model_predicts_and_what_the_whole_is(here):
 def test_flows_against_a_class_are_titled_by_the_evidence_against_it(here, capsys):
     layers = ("--layers", "input", "a", "output", "--classes", "names.txt", "--groups", "3")
     assert run("noise.png", *OWN, *layers, "--target", "fish") == 0
-    assert "  Evidence against “fish” prevails: −" in capsys.readouterr().out
+    assert "  Evidence against “fish” prevails: it is spread like the area; " in capsys.readouterr().out
     stored = json.loads(Path("nrm-flow/noise-flow.json").read_text())
     assert sum(node["mass"] for node in stored["layers"][0]["nodes"]) == pytest.approx(-1, abs=1e-4)
     said = float(stored["caption"].split("−100% is a difference of −")[1].split(" ")[0])
@@ -233,6 +234,42 @@ def test_figures_for_papers(here, kind):
 
 
 @pytest.mark.medium
+@pytest.mark.parametrize(
+    ("options", "made"),
+    [
+        (["--composite", "nrm_absolute"], "flow_nets:Branches · NRMAbsolute · no reference"),
+        (["--composite", "epsilon_plus"], "flow_nets:Branches · EpsilonPlus · no reference"),
+        (["--reference", "black"], "flow_nets:Branches · secant slopes · compared with a black image"),
+        (["--target", "1", "--minus", "2"], "flow_nets:Branches · NRMDefault · no reference"),
+    ],
+)
+def test_figures_and_pages_say_how_they_were_made(here, options, made):
+    assert run("noise.png", *OWN, "--layers", "a", "input", "--format", "svg", *options) == 0
+    (page,), (figure,) = Path("nrm-flow").glob("*.html"), Path("nrm-flow").glob("noise-[fd]*.svg")
+    text = page.read_text()
+    assert f'<p class="heading">{made}</p>' in text
+    assert f'aria-label="flow: {made}"' in text
+    assert made in figure.read_text()
+
+
+@pytest.mark.medium
+def test_margins_are_no_area_and_their_relevance_is_said(here):
+    Image.open("noise.png").resize((60, 20)).save("wide.png")
+    options = ["--layers", "a", "input", "--fit", "pad", "--composite", "epsilon_plus", "--target", "1"]
+    assert run("wide.png", *OWN, *options, "--patches", "4") == 0
+    said = json.loads(Path("nrm-flow/wide-flow.json").read_text())["caption"]
+    loaded = load("flow_nets:Branches", size=16, fit="pad")
+    inputs = loaded.preprocessing(load_image(Path("wide.png")).image)
+    mu = RelevanceMeasure(loaded.model, inputs, 1, against="rest", composite=EpsilonPlus())
+    rows = float(mu.sign) * mu.marginal("input")[0].sum((0, 2))
+    margins = float(rows[:5].sum() + rows[11:].sum())  # a third of 16 rows shows the image
+    assert abs(margins) > 0.02
+    assert f"Areas do not count them. {percent(margins)} of the relevance comes from them." in said
+    areas = {int(value) for value in re.findall(r"(\d+)% of the area", said)}
+    assert areas <= {12}  # 8 of the 16 patches show the image, each 1/8 of it
+
+
+@pytest.mark.medium
 def test_what_the_model_did_not_see_is_said_and_fit_shows_it(here, capsys):
     Image.open("noise.png").resize((60, 20)).save("wide.png")
     assert run("wide.png", *OWN, "--layers", "a", "input") == 0
@@ -241,7 +278,7 @@ def test_what_the_model_did_not_see_is_said_and_fit_shows_it(here, capsys):
     assert said in json.loads(Path("nrm-flow/wide-flow.json").read_text())["caption"]
     for fit in ("pad", "squeeze"):
         assert run("wide.png", *OWN, "--layers", "a", "input", "--fit", fit, "--out", fit) == 0
-        note = "The margins, 67% of the area, only make the image square." if fit == "pad" else "only make"
+        note = "The margins, 67% of the model's input, only make the image square." if fit == "pad" else "only make"
         assert (note in json.loads(Path(fit, "wide-flow.json").read_text())["caption"]) == (fit == "pad")
         assert "saw only" not in capsys.readouterr().out
         stored = json.loads(Path(fit, "wide-flow.json").read_text())

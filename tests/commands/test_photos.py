@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
+from PIL import Image
 
-from nrm_plugin.commands.photos import side_by_side
+from nrm_plugin.commands.photos import margin_note, photo, side_by_side
+from nrm_plugin.dataset.images import LoadedImage
+from nrm_plugin.dataset.preprocessing import preprocessing
 from nrm_plugin.measure.flow_graph import FlowGraph
 from nrm_plugin.plots.flow_thumbnails import Photo, node_thumbnails, photo_pixels, region_places
 from tests.plots.test_flow_caption import layer
@@ -27,6 +33,28 @@ def test_two_images_are_next_to_each_other_with_the_regions_in_both():
     assert mask[:, :32].sum() == mask[:, 34:].sum() == 16 * 32
     assert not mask[:, 32:34].any()
     assert region_places(both)["input/0"][0] < 0.5  # the name is in the first image
+
+
+def test_margins_are_described_with_their_relevance():
+    assert margin_note(0.009, 0.5) == ""
+    text = "The margins, 35% of the model's input, only make the image square. Areas do not count them."
+    assert margin_note(0.35, 0.009) == text
+    assert margin_note(0.35, 0.14) == f"{text} 14% of the relevance comes from them."
+    assert margin_note(0.35, -0.14) == f"{text} −14% of the relevance comes from them."
+
+
+@pytest.mark.parametrize(("size", "rows", "columns"), [((40, 20), 8, 16), ((20, 40), 16, 8), ((20, 20), 16, 16)])
+def test_the_content_of_a_padded_image_is_known(size, rows, columns):
+    image = Image.new("RGB", size, (255, 0, 0))
+    loaded = SimpleNamespace(preprocessing=preprocessing(size=16, mean=[0.0] * 3, std=[1.0] * 3, fit="pad"))
+    inputs = loaded.preprocessing(image)
+    shown = photo(loaded, LoadedImage(Path("a.png"), image, ""), inputs).content
+    drawn = inputs[0, 0] > 0.5
+    if size == (20, 20):
+        assert shown is None
+    else:
+        np.testing.assert_array_equal(shown, drawn)
+        assert (shown.any(1).sum(), shown.any(0).sum()) == (rows, columns)
 
 
 def test_images_of_one_channel_have_a_white_gap():

@@ -1,7 +1,7 @@
 """Figures of flow graphs.
 
-Covers: nrm_plugin.plots.flow_layout, nrm_plugin.plots.flow_columns, nrm_plugin.plots.flow_parts,
-nrm_plugin.plots.layer_profile, nrm_plugin.measure.flow_heat_maps.
+Covers: nrm_plugin.plots.flow_layout, nrm_plugin.plots.flow_bands, nrm_plugin.plots.flow_columns,
+nrm_plugin.plots.flow_parts, nrm_plugin.plots.layer_profile, nrm_plugin.measure.flow_heat_maps.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from nrm_plugin.measure.flow_heat_maps import flow_maps
 from nrm_plugin.measure.flow_nodes import FlowLayer
 from nrm_plugin.measure.layer_profile import profile
 from nrm_plugin.plots.flow import flow_figure, profile_figure, walk_bands
-from nrm_plugin.plots.flow_layout import DARKER, FAINT, HAIRLINE, PALER, flow_scene
+from nrm_plugin.plots.flow_bands import DARKER, FAINT, HAIRLINE, PALER
+from nrm_plugin.plots.flow_layout import flow_scene
 from nrm_plugin.plots.flow_thumbnails import Photo
-from nrm_plugin.plots.ribbons import DARK, LIGHT, percent
+from nrm_plugin.plots.ribbons import DARK, LIGHT, short_percent
 from tests.conftest import slow_but
 from tests.flows import X, full_graph, measure, net
 from tests.plots.test_flow_caption import JOINTS, LOWEST, MIDDLE
@@ -90,7 +91,7 @@ def test_widths_of_ribbons_and_heights_of_bars_are_relevance_on_one_scale(full, 
     assert scene.omitted == pytest.approx(sum(map(abs, left.values())), abs=1e-9)
     written = " ".join(texts(figure))
     for node in scene.nodes:
-        assert percent(node.node.mass) in written
+        assert short_percent(node.node.mass) in written
     assert "channel" in written
     palette = DARK if dark else LIGHT
     colors = {
@@ -293,9 +294,39 @@ def test_named_walks_are_drawn_in_their_own_width_within_the_ribbons(monkeypatch
         assert second.end[1] - second.width / 2 == pytest.approx(first.end[1] + first.width / 2)
     assert walk_bands(scene, [(walk, 0.01)]) == []
     (widest, _) = walk_bands(scene, [(walk, 2.0)])
+    signs = [[band.tone for band in walk_bands(scene, [(walk, sign * mass)])] for sign in (1, -1)]
+    assert signs == [["positive"] * 2, ["negative"] * 2]  # whatever the color of the ribbons
     assert widest.width == pytest.approx(widths[0])  # never wider than its ribbon
     figure = flow_figure(graph, walks=[(walk, mass)])
     assert sum(patch.get_linewidth() == 0.5 and not patch.get_fill() for patch in shapes(figure, PathPatch)) == 2
+
+
+@pytest.mark.parametrize("finding", ["a finding", ""])
+def test_a_line_says_how_a_figure_was_made(finding):
+    figure = flow_figure(made_graph([1, 3]), "a heading", finding=finding, caption="a caption", made="net · rules")
+    places = {text.get_text(): text.get_position()[1] for text in figure.axes[0].texts}
+    order = ["a heading", "net · rules", *filter(None, [finding]), "a caption"]
+    assert [text for text in sorted(order, key=places.__getitem__)] == order
+    (line,) = (text for text in figure.axes[0].texts if text.get_text() == "net · rules")
+    assert line.get_weight() == "normal"
+    assert (line.get_color() == LIGHT.pale) == bool(finding)
+
+
+def test_cancelling_relevance_off_a_layer_is_written_with_both_totals():
+    layers = (made_layer("output", ("zebra",), (1.0,)), made_layer("conv", ("A1", "A2"), (1.0, 0.0)),
+              made_layer("input", ("part 1", "part 2"), (1.0, 0.0)))  # fmt: skip
+    joints = (np.zeros((3, 4)), np.zeros((4, 4)))
+    joints[0][0, 0] = 1.0
+    joints[1][0, 0], joints[1][3, :2] = 1.0, (0.4, -0.4)
+    scene = flow_scene(FlowGraph(layers, joints), width=8)
+    (off,) = (node for node in scene.nodes if node.node.kind == "off")
+    assert off.labels[-1].text.endswith("+40% −40%")
+    joints[1][3, 1] = -0.3
+    part = replace(layers[1], bypass=0.1)
+    scene = flow_scene(FlowGraph((layers[0], part, layers[2]), joints), width=8)
+    (off,) = (node for node in scene.nodes if node.node.kind == "off")
+    assert off.labels[-1].text.endswith("10%")
+    assert "−" not in off.labels[-1].text
 
 
 def test_negative_relevance_of_a_rest_is_not_grey():
@@ -309,3 +340,4 @@ def test_negative_relevance_of_a_rest_is_not_grey():
     assert band.tone == "negative"
     rest = next(node for node in scene.nodes if node.node.kind == "rest")
     assert {tone for _, tone in rest.bars} == {"negative"}
+    assert rest.labels[-1].tone == "negative"

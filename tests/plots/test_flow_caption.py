@@ -138,10 +138,11 @@ def test_few_channels_are_said_before_the_ribbons():
 
 def test_the_part_with_most_relevance_per_area_is_named_if_it_is_another_one():
     graph = FlowGraph((TOP, MIDDLE, LOWEST), JOINTS)
-    areas = {"input/0": 0.5, "input/1": 0.1, "input/2": 0.4}
+    areas = {"input/0": 0.3, "input/1": 0.1, "input/2": 0.4}
     assert "Relevance is densest in head: 3 times its share of the area." in flow_caption(graph, areas=areas)
     assert "densest" not in flow_caption(graph, areas={**areas, "input/0": 0.05})  # it is the largest
     assert "densest" not in flow_caption(graph, areas={**areas, "input/0": 0.6, "input/1": 0.25})  # about alike
+    assert "densest" not in flow_caption(graph, areas={**areas, "input/0": 0.5})  # the title names it
     assert "densest" not in flow_caption(graph)
 
 
@@ -163,10 +164,10 @@ def negative(graph: FlowGraph) -> FlowGraph:
 def test_a_negative_flow_has_the_sentences_of_the_positive_one_with_opposite_signs():
     graph = FlowGraph((TOP, MIDDLE, LOWEST), JOINTS)
     walks = [(("input/0", "conv/0", "output/0"), 0.4), (("input/1", "conv/0", "output/0"), 0.25)]
-    areas = {"input/0": 0.5, "input/1": 0.1, "input/2": 0.4}
+    areas = {"input/0": 0.3, "input/1": 0.1, "input/2": 0.4}
     said = clean(flow_caption(negative(graph), walks=[(keys, -mass) for keys, mass in walks], areas=areas))
     assert said == (
-        "Of “zebra”, −50% comes from legs (50% of the area); the other 2 shown together have −25%. Relevance is "
+        "Of “zebra”, −50% comes from legs (30% of the area); the other 2 shown together have −25%. Relevance is "
         "densest in head: 3 times its share of the area. The strongest of 6 walks (paths through one node of each "
         "layer) from a part to the output are legs → group 1 → zebra (−40%) and head → group 1 → zebra (−25%); an even "
         "split would "
@@ -182,6 +183,21 @@ def test_all_that_speak_against_are_named():
     graph = FlowGraph((TOP, middle, LOWEST), (np.zeros((3, 6)), np.zeros((6, 5))))
     said = flow_caption(graph)
     assert "Against “zebra”: A3 of conv with −30% and A4 of conv with −10%." in said
+
+
+def test_totals_of_both_signs_are_stated_where_they_cancel():
+    upper = layer("conv", ("A1", "A2", "A3"), (0.9, 0.51, -0.41))
+    less = layer("block", ("B1", "B2"), (1.3, -0.3))
+    graph = FlowGraph((TOP, less, upper, LOWEST), (np.zeros((3, 4)), np.zeros((4, 5)), np.zeros((5, 5))))
+    said = "In conv, 100% = 141% − 41%, the totals of its nodes for and against."
+    assert said in flow_caption(graph)
+    assert "In conv, −100% = 41% − 141%, the" in flow_caption(negative(graph))
+    assert "In block" not in flow_caption(graph)
+    for mass, stated in ((0.21, True), (0.19, False)):
+        one = layer("conv", ("A1", "A2"), (1 + mass, -mass))
+        assert ("% − " in flow_caption(FlowGraph((TOP, one), (np.zeros((3, 4)),)))) == stated
+    difference = layer("conv", ("A1", "A2"), (0.5, -0.5))
+    assert "% − " not in flow_caption(FlowGraph((difference,), ()))
 
 
 def test_a_graph_without_relevance_has_no_caption():

@@ -42,13 +42,56 @@ def test_locations_and_areas_belong_to_the_named_parts():
     places = {"input/0": "top", "input/1": "left", "input/2": "left"}
     areas = {"input/0": 0.2, "input/1": 0.31, "input/2": 0.49}
     graph = graph_of(TOP, layer("input", ("part 1", "part 2", "part 3"), (0.2, 0.2, 0.15), rest=0.45))
-    assert flow_finding(graph, places=places, areas=areas).endswith(
-        "parts 1, 2 and 3 (top, left, left; 100% of the area)"
+    less = {key: 0.4 * area for key, area in areas.items()}
+    assert flow_finding(graph, places=places, areas=less).endswith(
+        "parts 1, 2 and 3 (top, left, left; 40% of the area)"
     )
+    unknown = places | {"input/1": ""}  # the locations would not belong to the parts
+    assert flow_finding(graph, places=unknown, areas=less).endswith("parts 1, 2 and 3 (40% of the area)")
     same = dict.fromkeys(places, "top")
     assert flow_finding(graph_of(TOP, PARTS), places=same, areas=areas).endswith("1 and 2 (top; 51% of the area)")
     assert flow_finding(graph_of(TOP, PARTS), areas=areas).endswith("parts 1 and 2 (51% of the area)")
     assert "area" not in flow_finding(graph_of(TOP, PARTS), areas={"input/2": 0.49})
+
+
+UNEVEN = layer("input", ("part 1", "part 2", "part 3"), (0.6, 0.3, 0.1))
+AREAS = {"input/0": 0.6, "input/1": 0.35, "input/2": 0.05}
+
+
+def test_relevance_in_proportion_to_the_area_is_said_to_be_spread():
+    graph = graph_of(TOP, GROUPS, UNEVEN)
+    assert flow_finding(graph, places={"input/2": "top"}, areas=AREAS) == (
+        "Relevance for “zebra” is spread like the area; densest in part 3 (top): 10% on 5.0% of the area (×2.0); "
+        "70% passes through A1 and A2 of conv"
+    )
+    assert flow_finding(negative(graph), areas=AREAS) == (
+        "Evidence against “zebra” prevails: it is spread like the area; densest in part 3: −10% on 5.0% of the area "
+        "(×2.0); −70% passes through A1 and A2 of conv"
+    )
+    assert flow_finding(graph_of(UNEVEN), areas=AREAS).startswith("Relevance is spread like the area; densest")
+    even = {"input/0": 0.55, "input/1": 0.3, "input/2": 0.15}
+    assert flow_finding(graph_of(TOP, UNEVEN), areas=even) == "Relevance for “zebra” is spread like the area"
+    for area, spread in (
+        (0.47, False),
+        (0.49, True),
+        (0.74, True),
+        (0.76, False),
+    ):  # 60% / 1.25 = 48%, 60% · 1.25 = 75%
+        said = flow_finding(graph_of(TOP, UNEVEN), areas={**AREAS, "input/0": area})
+        assert ("is spread like the area" in said) == spread
+
+
+def test_parts_with_more_relevance_than_their_area_lead():
+    areas = {"input/0": 0.8, "input/1": 0.15, "input/2": 0.05}
+    assert (
+        flow_finding(graph_of(TOP, UNEVEN), areas=areas) == "40% of “zebra” comes from parts 2 and 3 (20% of the area)"
+    )
+    few = {"input/0": 0.3, "input/1": 0.5, "input/2": 0.2}
+    assert flow_finding(graph_of(TOP, UNEVEN), areas=few) == "60% of “zebra” comes from part 1 (30% of the area)"
+    unknown = {"input/1": 0.15, "input/2": 0.05}  # part 1 lies in the margins
+    assert flow_finding(graph_of(TOP, UNEVEN), places={"input/0": "mostly margin"}, areas=unknown) == (
+        "60% of “zebra” comes from part 1 (mostly margin)"
+    )
 
 
 def test_a_flow_against_the_output_is_about_the_evidence_against_it():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from PIL import Image
 from torch import nn
 
@@ -22,7 +23,7 @@ from nrm_plugin.measure.flow_graph import FlowError
 from nrm_plugin.measure.flow_heat_maps import flow_maps_and_pairs
 from nrm_plugin.plots.flow_html import sankey, save_sankey
 from nrm_plugin.plots.flow_layout import flow_scene
-from nrm_plugin.plots.ribbons import percent
+from nrm_plugin.plots.ribbons import LIGHT, short_percent
 from nrm_plugin.search.group_walks import group_walks
 from tests.flows import X, full_graph, measure, net
 
@@ -207,7 +208,7 @@ def test_the_page_in_a_browser_without_a_network(page, mu, tmp_path, dark):
         assert set(browser.ask(f"{visible}.map(one => one.getAttribute('class'))")) == {"dark" if dark else "light"}
         for number, node in enumerate(nodes):  # hover
             first, second, *_ = browser.hover(NODE.format(number=number)).split("\n")
-            assert (first, second) == (f"{node['layer']}, {node['name']}", f"relevance {percent(node['mass'])}")
+            assert (first, second) == (f"{node['layer']}, {node['name']}", f"relevance {short_percent(node['mass'])}")
         seen = 0
         for number, band in enumerate(bands[::3]):
             if browser.ask(BAND.format(number=3 * number)) is None:
@@ -215,8 +216,8 @@ def test_the_page_in_a_browser_without_a_network(page, mu, tmp_path, dark):
             lines = browser.hover(BAND.format(number=3 * number)).split("\n")
             lower, upper = nodes[band["lower"]], nodes[band["upper"]]
             assert lines[0] == f"{lower['layer']}, {lower['name']} → {upper['layer']}, {upper['name']}"
-            assert lines[1] == f"joint relevance {percent(band['mass'])}"
-            assert lines[2].endswith(percent(band["mass"] / upper["mass"]))
+            assert lines[1] == f"joint relevance {short_percent(band['mass'])}"
+            assert lines[2].endswith(short_percent(band["mass"] / upper["mass"]))
             seen += 1
         assert seen > 3
         keys = [node["key"] for node in nodes]  # click to condition
@@ -230,7 +231,7 @@ def test_the_page_in_a_browser_without_a_network(page, mu, tmp_path, dark):
             layer, _, group = key.rpartition("/")
             if group.isdecimal():
                 expected = float(mu(at(layer).channel(int(group)), given=given, min_ratio=0)[1])
-                assert share == percent(float(f"{expected:.6g}")) or (share == "0%" and abs(expected) < 1e-6)
+                assert share == short_percent(float(f"{expected:.6g}")) or (share == "0%" and abs(expected) < 1e-6)
         assert browser.ask("document.querySelectorAll('.node[aria-pressed=true]').length") == 1
         assert f"Relevance given {nodes[number]['layer']}" in browser.ask(
             "document.getElementById('status').textContent"
@@ -240,7 +241,7 @@ def test_the_page_in_a_browser_without_a_network(page, mu, tmp_path, dark):
         )
         browser.press("Escape")
         browser.wait("document.getElementById('all').hidden")
-        assert browser.ask(SHARES) == [percent(node["mass"]) for node in nodes]
+        assert browser.ask(SHARES) == [short_percent(node["mass"]) for node in nodes]
         # Keyboard alone.
         browser.press("/", "/")
         assert browser.ask("document.activeElement.id") == "search"
@@ -281,7 +282,7 @@ def test_given_a_node_blue_still_marks_evidence_against_the_output(page, mu, tmp
     browser = Browser(tmp_path / "profile", path.as_uri())
     try:
         plain = browser.ask(BLUE)
-        assert plain == [node["key"] for node in groups if node["mass"] < 0]
+        assert plain == [node["key"] for node in nodes if node["kind"] != "off" and node["mass"] < 0]
         assert browser.ask(notes) == "visible"
         signs = set()
         for given in groups:
@@ -295,7 +296,7 @@ def test_given_a_node_blue_still_marks_evidence_against_the_output(page, mu, tmp
                     signs.add((both < 0, given["mass"] < 0))
             assert browser.ask(notes) == "hidden"
             said = browser.ask("document.getElementById('status').textContent")
-            assert f"numbers are shares of its {percent(given['mass'])}" in said
+            assert f"numbers are shares of its {short_percent(given['mass'])}" in said
         assert len(signs) == 4
         browser.press("Escape")
         assert browser.ask(BLUE) == plain
@@ -305,6 +306,7 @@ def test_given_a_node_blue_still_marks_evidence_against_the_output(page, mu, tmp
 
 
 WALK = "document.querySelectorAll('[data-walk]')[{number}]"
+FILLS = "[...document.querySelectorAll('.band.on-walk')].map(one => getComputedStyle(one).fill)"
 ON = "[...document.querySelectorAll('{kind}')].flatMap((one, at) => one.classList.contains('off-walk') ? [] : [at])"
 
 
@@ -322,11 +324,14 @@ def test_a_walk_is_drawn_while_the_pointer_or_the_focus_is_on_it(tmp_path):
         for number, (keys, mass) in enumerate(walks):
             walk = [at for at, node in enumerate(data["nodes"]) if node["key"] in keys]
             assert sorted(data["walks"][number]) == walk
-            assert browser.ask(WALK.format(number=number) + ".textContent").endswith(percent(mass))
+            assert browser.ask(WALK.format(number=number) + ".textContent").endswith(short_percent(mass))
             browser.ask(WALK.format(number=number) + ".focus()")
             assert browser.ask(ON.format(kind=".node")) == walk
             drawn = [at for at, band in enumerate(data["bands"]) if {band["lower"], band["upper"]} <= set(walk)]
             assert browser.ask(ON.format(kind=".band")) == drawn
+            color = to_rgb(LIGHT.positive if mass > 0 else LIGHT.negative)  # of the walk, not of the ribbons
+            fill = f"rgb({', '.join(str(round(255 * part)) for part in color)})"
+            assert {*browser.ask(FILLS)} <= {fill}
         browser.ask(WALK.format(number=number) + ".blur()")
         assert len(browser.ask(ON.format(kind=".node"))) == len(data["nodes"])
         browser.mouse(

@@ -15,7 +15,7 @@ def test_the_key_explains_what_is_drawn():
     assert "hatched" in key_text(False, True)
     assert "hatched" not in key_text(True, False)
     assert "Thumbnails" in key_text(True, False)
-    assert "at the resolution of conv" in key_text(True, False, maps_at="conv")
+    assert "lies (at the resolution of conv), whatever its amount" in key_text(True, False, maps_at="conv")
     graph = FlowGraph((TOP, MIDDLE, LOWEST), JOINTS)
     assert "blue evidence against it" in key_text(False, False, graph=graph)
     assert "cancel" in key_text(False, False, graph=graph)
@@ -36,7 +36,7 @@ def test_shares_above_all_relevance_and_differences_are_explained():
     assert "more than 100%" in key_text(False, False, graph=graph)
     assert "more than 100%" not in key_text(False, False, graph=FlowGraph((TOP,), ()))
     less = FlowGraph((layer("output", ("zebra", "horse"), (1.0, -1.0)),), ())
-    assert "differences between shares" in key_text(False, False, graph=less)
+    assert "Each layer sums to 0. Percentages are differences" in key_text(False, False, graph=less)
     assert "more than 100%" not in key_text(False, False, graph=less)
     assert "white frame" in key_text(True, False, is_cropped=True)
     assert "white frame" not in key_text(True, False)
@@ -48,6 +48,16 @@ def test_a_flow_that_sums_to_minus_one_is_explained():
     said = key_text(False, False, graph=negative(graph))
     assert "Each layer sums to −100%" in said
     assert "Evidence against the output adds up to more than 100%" in said
+
+
+def test_the_first_column_is_called_the_input_only_if_it_is():
+    for name, said in (
+        ("input", "The input is on the left."),
+        ("tokens", "The input"),
+        ("conv", "Lower layers are on"),
+    ):
+        assert key_text(False, False, graph=FlowGraph((layer(name, ("legs",), (1.0,)),), ())).startswith(said)
+    assert key_text(False, False).startswith("The input is on the left.")
 
 
 def test_a_rest_that_is_not_drawn_is_not_explained():

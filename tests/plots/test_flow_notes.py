@@ -6,13 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from nrm_plugin.measure.flow_graph import FlowGraph
 from nrm_plugin.measure.flow_nodes import FlowLayer
 from nrm_plugin.plots import flow_figure
 from nrm_plugin.plots.flow_html import sankey
 from nrm_plugin.plots.flow_layout import SMALLEST
-from nrm_plugin.plots.flow_notes import is_group, standing_out
+from nrm_plugin.plots.flow_notes import densities, is_group, standing_out
+from nrm_plugin.plots.flow_thumbnails import Photo
+from nrm_plugin.plots.ribbons import LIGHT
 from tests.plots.test_flow_caption import negative
 
 
@@ -53,27 +56,65 @@ def with_layer(graph: FlowGraph, number: int, **changes) -> FlowGraph:
     return replace(graph, layers=tuple(layers))
 
 
-def test_the_part_whose_share_of_a_group_exceeds_its_share_of_all_relevance_is_named(graph):
-    said = {"lower/0": "most: part 1 85%", "lower/1": "most: part 2 57%", "upper/0": "most: part 2 75%"}
-    assert standing_out(graph, PAIRS) == {
-        key: (note, f"part {end.replace(' ', ': ')}", end.replace(" ", ": "))
-        for key, note in said.items()
-        for end in [note.removeprefix("most: part ")]
-    }
+def test_the_most_over_represented_part_is_named_with_its_share_and_factor(graph):
+    said = {"lower/0": "part 1 85% (×1.4)", "lower/1": "part 2 57% (×1.4)", "upper/0": "part 2 75% (×1.9)"}
+    assert standing_out(graph, PAIRS) == {key: (note, note[:10], note[:6]) for key, note in said.items()}
     assert standing_out(graph, {}).keys() == {"lower/0", "lower/1"}  # no joint relevance with the upper layer
 
 
 @pytest.fixture
 def uneven(graph) -> FlowGraph:
-    """Group A2 draws on part 1 most, as all relevance does, but more on part 2 than this does."""
+    """Group A2 draws on part 1 most, but less than all relevance does, and more on part 2."""
     joints = (*graph.joints[:2], joint([[0.38, 0.02], [0.33, 0.27]]))
     return with_layer(replace(graph, joints=joints), 3, masses=(0.71, 0.29))
 
 
-def test_the_largest_source_is_named_before_a_part_that_stands_out(uneven):
-    assert standing_out(uneven, {})["lower/1"] == (
-        "most: part 1 55%, high: part 2 45%", "most: part 1 55%", "part 1: 55%", "1: 55%",
-    )  # fmt: skip
+def test_the_largest_part_is_not_named_where_it_is_under_represented(uneven):
+    assert standing_out(uneven, {})["lower/1"] == ("part 2 45% (×1.6)", "part 2 45%", "part 2")
+
+
+def test_a_part_below_the_factor_or_with_a_tiny_share_is_not_named(uneven):
+    masses = (0.71, 0.29 - 0.08, 0.08)
+    rows = [[0.38, 0.02, 0.0], [0.33, 0.19, 0.08]]
+    parts = layer("input", ("part 1", "part 2", "part 3"), masses)
+    few = FlowGraph((*uneven.layers[:3], parts), (*uneven.joints[:2], joint(rows)))
+    assert standing_out(few, {})["lower/1"][0] == "part 3 13% (×1.7)"
+    rows[1] = [0.36, 0.185, 0.055]  # 9% of the group, 1.1 times as much as of all relevance
+    alike = FlowGraph(few.layers, (*few.joints[:2], joint(rows)))
+    assert standing_out(alike, {})["lower/1"][0] == "part 2 31% (×1.5)"
+    rows[1] = [0.385, 0.155, 0.06]  # 1.23 times and 1.25 times
+    assert "lower/1" not in standing_out(with_layer(replace(few, joints=(*few.joints[:2], joint(rows))), 3,
+                                                    masses=(0.71, 0.21, 0.081)), {})  # fmt: skip
+
+
+def test_a_group_whose_relevance_cancels_has_no_note(graph):
+    cancelling = joint([[0.34, 0.06], [0.26, 0.34]])
+    cancelling[0, 2] = -0.95  # a rest
+    cancelled = replace(graph, joints=(*graph.joints[:2], cancelling))
+    assert standing_out(cancelled, PAIRS).keys() == {"lower/1", "upper/0"}
+    cancelling[0, 2] = -0.5
+    assert standing_out(cancelled, PAIRS).keys() == {"lower/0", "lower/1", "upper/0"}
+
+
+def test_a_patch_is_called_a_patch(graph):
+    patched = with_layer(graph, 3, labels=("A1", "B1"))
+    assert standing_out(patched, PAIRS)["lower/0"] == ("patch A1 85% (×1.4)", "patch A1 85%", "patch A1")
+
+
+def test_parts_are_noted_with_their_relevance_relative_to_their_area(graph):
+    areas = {"input/0": 0.3, "input/1": 0.5}
+    assert densities(graph, areas) == densities(negative(graph), areas) == {"input/0": ("×2.0",), "input/1": ("×0.8",)}
+    assert densities(with_layer(graph, 3, masses=(1.2, -0.2)), areas) == {"input/0": ("×4.0",)}
+    assert densities(graph, {"input/0": 0.0}) == {}
+    difference = [replace(one, masses=(0.5, -0.5)) for one in graph.layers[2:]]
+    assert densities(FlowGraph(tuple(difference), graph.joints[2:]), areas) == {}
+    regions = {"input/0": np.eye(60, dtype=bool), "input/1": np.arange(3600).reshape(60, 60) < 900}
+    photo = Photo(torch.rand(3, 60, 60), regions=regions)
+    found = [text.get_text() for text in flow_figure(graph, maps=maps_of(graph), image=photo).axes[0].texts]
+    assert {"×36", "×1.6"} <= {*found}
+    assert "Below a part: its share of all relevance divided by its share of the area." in " ".join(found)
+    assert "Below a group" not in " ".join(found)
+    assert ">×1.6</text>" in sankey(graph, maps=maps_of(graph), image=photo)
 
 
 def test_notes_do_not_depend_on_the_sign_of_the_total(graph, uneven):
@@ -92,13 +133,11 @@ def many(graph) -> FlowGraph:
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize(("width", "said"), [(20, True), (3.3, False)])
+@pytest.mark.parametrize(("width", "said"), [(20, "part 2 45% (×5.7)"), (6, "part 2 45%"), (3.3, "part 2")])
 def test_notes_use_the_longest_version_that_fits(many, width, said):
     drawn = flow_figure(many, width=width, pairs={}, maps=maps_of(many)).axes[0].texts
-    found = [text.get_text() for text in drawn]
-    assert any("most: part 1 55%, high: part 2 45%" in text for text in found) == said
-    assert ("“High” is" in " ".join(found)) == said
-    assert any(text in ("part 1: 55%", "1: 55%") for text in found) != said
+    assert [text.get_text() for text in drawn if text.get_text().startswith("part 2") and text.get_color() ==
+            LIGHT.pale] == [said]  # fmt: skip
 
 
 @pytest.mark.medium
@@ -129,9 +168,11 @@ def test_small_groups_channels_and_flows_that_end_elsewhere_have_no_notes(graph)
 def test_notes_are_drawn_below_their_groups_and_explained(graph, width):
     drawn = flow_figure(graph, width=width, maps=maps_of(graph), pairs=PAIRS).axes[0].texts
     found = [text.get_text() for text in drawn]
-    start, end = ("most: part ", " ") if width is None else ("", ": ")
-    assert {f"{start}1{end}85%", f"{start}2{end}57%", f"{start}2{end}75%"} <= {*found}
-    note = next(text for text in drawn if text.get_text() == f"{start}1{end}85%")
+    said = ["part 1 85% (×1.4)", "part 2 57% (×1.4)", "part 2 75% (×1.9)"]
+    said = said if width is None else [note[:6] for note in said]  # still a part, even where there is little space
+    notes = [text for text in drawn if text.get_text() in said and text.get_color() == LIGHT.pale]
+    assert sorted(text.get_text() for text in notes) == said
+    note = next(text for text in notes if text.get_text().startswith("part 1"))
     assert note.get_fontsize() >= SMALLEST
     name = next(text for text in drawn if text.get_text().split(" ")[0] == "A1")
     assert note.get_position()[0] == name.get_position()[0]
@@ -140,4 +181,4 @@ def test_notes_are_drawn_below_their_groups_and_explained(graph, width):
     plain = [text.get_text() for text in flow_figure(graph, width=width).axes[0].texts]
     assert not any("85%" in text for text in plain)
     assert "Below a group" not in " ".join(plain)
-    assert "most: part 1 85%" in sankey(graph, maps=maps_of(graph), pairs=PAIRS)
+    assert "part 1 85% (×1.4)" in sankey(graph, maps=maps_of(graph), pairs=PAIRS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nrm_plugin.plots.flow_places import EDGES, SPREAD, THIRDS, place_name
+from nrm_plugin.plots.flow_places import SPREAD, THIRDS, place_name
 
 
 def square(row: int, column: int, side: int = 4, size: int = 12) -> np.ndarray:
@@ -22,27 +22,36 @@ def test_a_small_region_lies_in_one_ninth_of_the_image(row, column):
 
 def test_a_region_across_ninths_lies_at_its_centre_of_mass():
     assert place_name(square(2, 0)) == "left"
-    assert place_name(np.ones((12, 3), bool)) == EDGES  # it covers all sides
 
 
-def test_a_region_around_the_others_lies_along_the_edges_unless_its_relevance_does_not():
-    region = ~square(2, 2, 8)
-    assert place_name(region) == EDGES
-    relevance = np.full((12, 12), 0.001)
-    relevance[0:2, 8:] = -1.0
-    assert place_name(region, relevance) == "upper right"
+def test_a_large_long_or_hollow_region_has_no_location():
+    assert place_name(square(0, 0, 8)) == ""  # 44% of the image
+    assert place_name(square(0, 0, 7)) == "upper left"  # 34%
+    for length, place in ((9, "left"), (10, "")):  # 75% and 83% of a side
+        column = np.zeros((12, 12), bool)
+        column[:length, :3] = True
+        assert place_name(column) == place
+        assert place_name(column.T) == place.replace("left", "top")
+    ring = square(0, 0, 7)
+    ring[2:5, 2:5] = False
+    assert place_name(ring) == ""
+    relevance = np.zeros((12, 12))
+    relevance[0, 0] = 1.0
+    assert place_name(ring, relevance) == ""
 
 
-def test_a_large_region_with_little_relevance_at_its_center_of_mass_lies_in_a_half_or_is_spread_out():
-    frame = np.zeros((12, 12), bool)
-    frame[2:, [0, 1, 9, 10]] = frame[10:, :11] = True  # open above
-    assert place_name(frame) == "bottom"
-    assert place_name(frame[::-1]) == "top"
-    assert place_name(frame.T) == "right"
-    assert place_name(frame.T[:, ::-1]) == "left"
-    corners = np.zeros((12, 12), bool)
-    corners[np.ix_([1, 2, 9, 10], [1, 2, 9, 10])] = True
-    assert place_name(corners) == SPREAD
+def test_a_region_with_little_relevance_at_its_center_of_mass_lies_in_a_half_or_is_spread_out():
+    cross = np.zeros((12, 12), bool)
+    cross[2:10, 5:7] = cross[5:7, 2:10] = True
+    relevance = np.zeros((12, 12))
+    relevance[2:4, 5:7] = relevance[8:10, 5:7] = 1.0
+    assert place_name(cross, relevance) == SPREAD
+    assert place_name(cross, relevance.T) == SPREAD
+    relevance[2:4] *= 0.5
+    assert place_name(cross, relevance) == "bottom"
+    assert place_name(cross, relevance[::-1]) == "top"
+    assert place_name(cross, relevance.T) == "right"
+    assert place_name(cross, relevance.T[:, ::-1]) == "left"
 
 
 def test_without_relevance_or_pixels_the_area_decides():

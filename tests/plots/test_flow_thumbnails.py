@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from nrm_plugin.plots.flow_thumbnails import (
     node_thumbnails,
     painted,
     photo_pixels,
+    region_areas,
     region_places,
     smoothed,
 )
@@ -117,6 +120,18 @@ def test_regions_are_outlined_and_placed_in_the_file():
     assert 0 < thumbnails.edges["a/0"].sum() < 0.2 * thumbnails.edges["a/0"].size
 
 
+def test_areas_do_not_count_margins():
+    content = np.zeros((10, 10), bool)
+    content[2:8] = True
+    halves, margin = np.zeros((10, 10), bool), ~content
+    halves[:, :5] = True
+    mixed = np.zeros((10, 10), bool)
+    mixed[:5] = True  # 3 of 6 rows of the image, and 2 of the margins
+    photo = Photo(torch.ones(3, 10, 10), regions={"a/0": halves, "a/1": margin, "a/2": mixed}, content=content)
+    assert region_areas(photo) == {"a/0": 0.5, "a/2": 0.5}
+    assert region_areas(replace(photo, content=None)) == {"a/0": 0.5, "a/1": 0.4, "a/2": 0.5}
+
+
 def test_maps_without_two_dimensions_have_no_thumbnails():
     assert node_thumbnails(graph(0.5), {}) is None
     assert node_thumbnails(graph(0.5), {"a/0": np.ones((1, 24))}) is None
@@ -132,6 +147,15 @@ def test_the_crop_contains_relevance_of_both_signs():
     assert min(bottom, right) >= 90
     assert is_cropped(thumbnails) == (thumbnails.box != (0, 0, 100, 100))
     assert not is_cropped(None)
+
+
+def test_thumbnails_do_not_show_the_amount_of_relevance():
+    maps = {"a/0": np.random.default_rng(0).random((30, 30)), "a/1": np.random.default_rng(1).random((30, 30))}
+    thumbnails = [node_thumbnails(graph(0.5, 0.5), maps | {"a/1": scale * maps["a/1"]}) for scale in (1, 0.01)]
+    assert thumbnails[0] is not None
+    assert thumbnails[1] is not None
+    for key in maps:
+        np.testing.assert_allclose(thumbnails[0].values[key], thumbnails[1].values[key], atol=1e-6)
 
 
 def test_a_crop_is_noticed():

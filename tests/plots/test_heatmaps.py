@@ -21,7 +21,7 @@ from PIL import Image
 from nrm_plugin.errors import InputError
 from nrm_plugin.plots import heatmaps
 from nrm_plugin.plots.heatmaps import Budget
-from nrm_plugin.plots.ribbons import NEGATIVE, POSITIVE, Column, Ribbon, percent
+from nrm_plugin.plots.ribbons import NEGATIVE, POSITIVE, Column, Ribbon, percent, short_percent, times
 
 VALUES = torch.tensor([[0.3, -0.1, 0.0], [0.02, -0.4, 0.1]])
 GREY, COLORS = torch.rand(1, 2, 3), torch.rand(3, 2, 3)
@@ -338,3 +338,23 @@ def test_maps_and_images_in_bfloat16_are_drawn():
     figure = heatmaps.heat_map(values.bfloat16(), image=torch.rand(3, 1, 2).bfloat16())
     drawn = figure.axes[0].images[-1]
     np.testing.assert_array_equal(drawn.get_array(), values.numpy())
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0%"),
+        (1e-17, "0%"),
+        (-5.6e-5, "<0.1%"),
+        (9.9e-4, "<0.1%"),
+        (0.001, "0.10%"),
+        (-0.0012, "−0.12%"),
+        (1, "100%"),
+    ],
+)
+def test_small_shares_of_flows_are_rounded(value: float, text: str):
+    assert short_percent(value) == text
+
+
+def test_ratios_have_a_decimal_below_ten():
+    assert [times(ratio) for ratio in (0.44, 2, 9.94, 9.96, 36.2)] == ["×0.4", "×2.0", "×9.9", "×10", "×36"]

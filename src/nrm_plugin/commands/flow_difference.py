@@ -25,7 +25,7 @@ from ..plots.flow_html import save_sankey
 from ..plots.flow_notes import Counts
 from ..plots.flow_places import place_name
 from ..plots.flow_thumbnails import Photo
-from ..plots.ribbons import percent
+from ..plots.ribbons import short_percent
 from . import messages
 from .flow_groups import FlowOptions, Regions, channel_counts, division, regions_of
 from .image_loop import Printed
@@ -35,6 +35,7 @@ from .output_files import (
     explained_title,
     image_settings,
     json_stem,
+    made_by,
     save_figure,
     short,
     versions,
@@ -107,6 +108,7 @@ def explain_difference(
         ),
         "maps_at": maps_at,
         "counts": counts,
+        "made": made_by(loaded, request),
     }
     sentences = {"finding": parts["finding"], "caption": parts["caption"]}
     heading = _heading(loaded, first, second)
@@ -147,7 +149,7 @@ def _softmax(*both: Side) -> str:
     if both[0].mu.outputs.numel() < 2:
         return ""
     shares = [float(side.mu.outputs.flatten().double().softmax(0)[side.target]) for side in both]
-    said = [f"{percent(share)} for {side.name}" for share, side in zip(shares, both, strict=True)]
+    said = [f"{short_percent(share)} for {side.name}" for share, side in zip(shares, both, strict=True)]
     return f"The softmax is {' and '.join(said)}. "
 
 

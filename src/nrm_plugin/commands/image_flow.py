@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,9 +23,9 @@ from ..plots.flow_finding import flow_finding
 from ..plots.flow_html import save_sankey
 from ..plots.flow_notes import Pairs
 from ..plots.flow_places import place_name
-from ..plots.flow_thumbnails import Photo
+from ..plots.flow_thumbnails import Photo, region_areas
 from ..plots.layer_profile import profile_figure
-from ..plots.ribbons import percent
+from ..plots.ribbons import short_percent
 from ..search.group_walks import group_walks, least_passes
 from . import messages
 from .flow_groups import Division, FlowOptions, channel_counts, division, regions_of
@@ -37,6 +36,7 @@ from .output_files import (
     explained_title,
     image_settings,
     json_stem,
+    made_by,
     save_figure,
     short,
     versions,
@@ -55,6 +55,8 @@ LEAST_NEXT = 0.01
 """Softmax value above which a caption mentions the second class."""
 LOWERS = ("what lowers the score", "what raises it")
 """Descriptions of positive and negative relevance for a negative score without a contrast."""
+IN_MARGINS = "mostly margin"
+"""Location of a part that lies mostly in the margins that make an image square."""
 LEAST_PROFILE = 0.01
 """Fraction of relevance lost at a layer above which the layer profile is plotted."""
 
@@ -82,6 +84,7 @@ class ImageFlow:
         name: Name of the explained class.
         has_reference: Whether the flow explains a change from a reference image.
         margins: Fraction of the model input that pads an image that is not square.
+        margin_relevance: Fraction of the relevance that comes from these margins.
     """
 
     outputs: Tensor
@@ -102,6 +105,7 @@ class ImageFlow:
     name: str = ""
     has_reference: bool = False
     margins: float = 0.0
+    margin_relevance: float = 0.0
 
     @property
     def lowers(self) -> bool:
@@ -164,7 +168,7 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
         flow.layer if flow.positions else "", _walks(mu, graph, divided.groups),
         profile(mu, request.layers, plain), _next_class(loaded, mu.outputs.flatten(), target),
         _class(loaded, against) if isinstance(against, int) else "", _class(loaded, target),
-        request.reference is not None, margins(loaded, image),
+        request.reference is not None, margins(loaded, image), _margin_relevance(mu, shown_image),
     )  # fmt: skip
 
 
@@ -183,6 +187,14 @@ def _flow(
         raise
     except NRMError as error:
         raise RequestError(f"--layers {' '.join(map(printable, request.layers))}: {error}") from error
+
+
+def _margin_relevance(mu: RelevanceMeasure, shown: Photo) -> float:
+    """Returns the fraction of the relevance that comes from the margins around an image."""
+    if shown.content is None:
+        return 0.0
+    margin = torch.as_tensor(~shown.content, device=mu.outputs.device)
+    return float(mu.sign * (mu.marginal("input")[0] * margin).sum())
 
 
 def _walks(mu: RelevanceMeasure, graph: FlowGraph, groups: Groups | None) -> Walks:
@@ -229,6 +241,7 @@ def _write(
     parts: dict[str, Any] = {"maps": flow.heat_maps, "image": flow.photo, "caption": caption(flow)}
     parts |= {"maps_at": flow.maps_at, "walks": flow.walks, "pairs": flow.pairs}
     parts |= {"counts": channel_counts(flow.graph, flow.groups), "finding": finding(flow)}
+    parts |= {"made": made_by(loaded, request)}
     parts |= {"signs": LOWERS} if flow.lowers else {}
     drawn = flow_figure(flow.graph, heading, options.dark, width=options.width, **parts)
     save_figure(drawn, figure, options.dark, options.dpi)
@@ -249,14 +262,16 @@ def _write(
 
 def caption(flow: ImageFlow) -> str:
     """Returns the caption of a flow, including the part of the image that the model did not see."""
-    said = flow_caption(flow.graph, _target(flow), walks=flow.walks, areas=_areas(flow), places=_places(flow))
-    notes = (crop_note(flow.photo), margin_note(flow.margins))
+    said = flow_caption(
+        flow.graph, _target(flow), walks=flow.walks, areas=region_areas(flow.photo), places=_places(flow)
+    )
+    notes = (crop_note(flow.photo), margin_note(flow.margins, flow.margin_relevance))
     return " ".join(filter(None, (_rank(flow), _whole(flow), said, *notes)))
 
 
 def finding(flow: ImageFlow) -> str:
     """Returns the title of the figure."""
-    return flow_finding(flow.graph, _target(flow), _places(flow), _areas(flow))
+    return flow_finding(flow.graph, _target(flow), _places(flow), region_areas(flow.photo))
 
 
 def _target(flow: ImageFlow) -> str:
@@ -265,11 +280,10 @@ def _target(flow: ImageFlow) -> str:
 
 
 def _places(flow: ImageFlow) -> dict[str, str]:
-    return {key: place_name(mask, flow.heat_maps.get(key)) for key, mask in flow.photo.regions.items()}
-
-
-def _areas(flow: ImageFlow) -> dict[str, float]:
-    return {key: float(np.mean(mask)) for key, mask in flow.photo.regions.items()}
+    regions, areas = flow.photo.regions, region_areas(flow.photo)
+    return {
+        key: place_name(mask, flow.heat_maps.get(key)) if key in areas else IN_MARGINS for key, mask in regions.items()
+    }
 
 
 def _rank(flow: ImageFlow) -> str:
@@ -277,14 +291,14 @@ def _rank(flow: ImageFlow) -> str:
     if len(flow.outputs) < 2:
         return ""
     softmax = flow.outputs.double().softmax(0)
-    share = percent(float(softmax[flow.target]))
+    share = short_percent(float(softmax[flow.target]))
     rank = 1 + int((flow.outputs > flow.outputs[flow.target]).sum())
     if rank == 1:
         second = float(softmax.topk(2).values[1])
         is_close = bool(flow.next_class) and second >= LEAST_NEXT
-        after = f"; the next is {flow.next_class} with {percent(second)}" if is_close else ""
+        after = f"; the next is {flow.next_class} with {short_percent(second)}" if is_close else ""
         return f"The model predicts this class, with a softmax of {share}{after}."
-    first = f"; the first is {flow.next_class} with {percent(float(softmax.max()))}" if flow.next_class else ""
+    first = f"; the first is {flow.next_class} with {short_percent(float(softmax.max()))}" if flow.next_class else ""
     return f"The model does not predict this class: its softmax of {share} has rank {rank}{first}."
 
 

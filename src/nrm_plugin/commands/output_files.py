@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from zennit.composites import COMPOSITES
 
 from ..dataset.atomic_files import AtomicFile
 from ..errors import NRMError, printable
@@ -26,7 +27,7 @@ from ..plots.heatmaps import DPI, save
 from ..plots.ribbons import DARK, LIGHT
 from .image_references import reference_words
 from .model_loading import LoadedModel
-from .request import Against, Request
+from .request import SECANTS, Against, Request
 from .weight_files import NONE
 
 PACKAGES = ("nrm-plugin", "torch", "torchvision", "zennit", "captum")
@@ -143,6 +144,13 @@ def target_title(loaded: LoadedModel, index: int) -> str:
     """Returns the class name for a figure heading."""
     name = class_name(loaded, index)
     return f"“{short(name)}”" if name else f"class {index}"
+
+
+def made_by(loaded: LoadedModel, request: Request) -> str:
+    """Returns the model, the rules and the reference for a figure, such as "vgg16 · NRMAbsolute · no reference"."""
+    rules = "secant slopes" if request.composite == SECANTS else COMPOSITES[request.composite].__name__
+    words = reference_words(request.reference).removeprefix(", ") or "no reference"
+    return f"{printable(loaded.name)} · {rules} · {words}"
 
 
 def explained_title(loaded: LoadedModel, index: int, against: Against, reference: str | None = None) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..dataset.images import LoadedImage
 from ..plots.flow_thumbnails import Photo
-from ..plots.ribbons import percent
+from ..plots.ribbons import short_percent
 from .model_loading import LoadedModel
 
 LARGEST = 640
@@ -32,7 +32,7 @@ def photo(loaded: LoadedModel, source: LoadedImage, inputs: Tensor) -> Photo:
     if len(loaded.preprocessing.mean) == 1:
         image = image[:1]
     if seen == (0.0, 0.0, 1.0, 1.0):
-        return Photo(image)
+        return Photo(image, content=_content(source.image.size, loaded) if margins(loaded, source) else None)
     small = source.image.copy()
     small.thumbnail((LARGEST, LARGEST))
     return Photo(image, np.moveaxis(np.asarray(small, dtype=float) / 255, -1, 0), seen)
@@ -64,7 +64,7 @@ def crop_note(shown: Photo) -> str:
     share = 1 - (right - left) * (bottom - top)
     if share < LEAST:
         return ""
-    return f"The model saw only the framed part, {percent(1 - share)} of the image."
+    return f"The model saw only the framed part, {short_percent(1 - share)} of the image."
 
 
 def margins(loaded: LoadedModel, source: LoadedImage) -> float:
@@ -73,6 +73,24 @@ def margins(loaded: LoadedModel, source: LoadedImage) -> float:
     return 1 - min(width, height) / max(width, height) if loaded.preprocessing.fit == "pad" else 0.0
 
 
-def margin_note(share: float) -> str:
-    """Describes the margins that pad an image. Returns an empty string if there are hardly any."""
-    return "" if share < LEAST else f"The margins, {percent(share)} of the area, only make the image square."
+def _content(size: tuple[int, int], loaded: LoadedModel) -> NDArray[np.bool_]:
+    """Returns a mask of the pixels of a padded model input that show the image."""
+    side = loaded.preprocessing.size
+    places = np.abs((np.arange(side) + 0.5) / side - 0.5)
+    columns, rows = (places <= 0.5 * length / max(size) for length in size)
+    result: NDArray[np.bool_] = rows[:, None] & columns
+    return result
+
+
+def margin_note(share: float, relevance: float) -> str:
+    """Describes the margins that pad an image. Returns an empty string if there are hardly any.
+
+    Args:
+        share: Fraction of the model input that they cover.
+        relevance: Fraction of the relevance that comes from them.
+    """
+    if share < LEAST:
+        return ""
+    covered = short_percent(share)
+    text = f"The margins, {covered} of the model's input, only make the image square. Areas do not count them."
+    return text if abs(relevance) < LEAST else f"{text} {short_percent(relevance)} of the relevance comes from them."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -21,7 +20,7 @@ from .flow_columns import has_off, region_name
 from .flow_finding import flow_finding
 from .flow_layout import flow_scene
 from .flow_legend import SIGNS, key_text
-from .flow_notes import Counts, Pairs, standing_out
+from .flow_notes import Counts, Pairs, densities, standing_out
 from .flow_parts import Band, Box, DrawnNode, Label, Scene
 from .flow_thumbnails import (
     NodeThumbnails,
@@ -31,6 +30,7 @@ from .flow_thumbnails import (
     node_thumbnails,
     painted,
     photo_pixels,
+    region_areas,
     region_places,
 )
 from .layer_profile import profile_figure
@@ -56,6 +56,7 @@ def flow_figure(
     pairs: Pairs | None = None,
     counts: Counts | None = None,
     finding: str | None = None,
+    made: str = "",
 ) -> Figure:
     """Draws a flow graph as ribbons between nodes, with the input on the left and heights proportional to relevance.
 
@@ -77,10 +78,11 @@ def flow_figure(
         walks: The strongest walks over groups. Those that the caption names are drawn within the ribbons.
         signs: Descriptions of positive and negative relevance for the legend.
         pairs: Joint relevance of nodes in non-adjacent layers, as in :func:`~nrm_plugin.plots.sankey`. The figure then
-            names, below each group of channels, the image part that contributes most to it.
+            names, below each group of channels, the image part that is most over-represented in it.
         counts: Number of channels in each group, keyed by node. It is shown where there is enough space.
         finding: Title of the figure; by default :func:`~nrm_plugin.plots.flow_finding.flow_finding`. If it is empty,
             the heading is the title.
+        made: A line on how the flow was computed, such as "vgg16 · NRMAbsolute · no reference", below the heading.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
@@ -94,7 +96,23 @@ def flow_figure(
     palette = DARK if dark else LIGHT
     photo = image if isinstance(image, Photo) or image is None else Photo(image)
     thumbnails = node_thumbnails(graph, maps or {}, photo)
-    scene = scene_of(graph, heading, caption, thumbnails, photo, width, signs, maps_at, walks, pairs, counts, finding)
+    areas = region_areas(photo) if photo is not None else {}
+    scene = scene_of(
+        graph,
+        heading,
+        caption,
+        thumbnails,
+        photo,
+        width,
+        signs,
+        maps_at,
+        walks,
+        pairs,
+        counts,
+        finding,
+        areas,
+        made,
+    )
     figure = Figure(figsize=(scene.width / 72, scene.height / 72))
     figure.set_facecolor(palette.paper)
     axes = figure.add_axes((0, 0, 1, 1))
@@ -128,14 +146,23 @@ def scene_of(
     pairs: Pairs | None = None,
     counts: Counts | None = None,
     finding: str | None = None,
+    areas: Mapping[str, float] | None = None,
+    made: str = "",
 ) -> Scene:
     """Computes the layout of a flow, including its caption and legend."""
+    finding = flow_finding(graph) if finding is None else finding
+    caption = flow_caption(graph, walks=walks) if caption is None else caption.replace(r"\$", "$")
+    heading = heading.replace(r"\$", "$")
+    if finding and heading:  # a gray line of its own, as the heading above it
+        heading = "\n".join(filter(None, (heading, made)))
+    else:
+        caption = "\n".join(filter(None, (made, caption)))
     shown: Mapping[str, object] = thumbnails.values if thumbnails else {}
-    notes = {} if pairs is None else standing_out(graph, pairs)
+    notes = densities(graph, areas or {}) | ({} if pairs is None else standing_out(graph, pairs))
     return flow_scene(
         graph,
-        heading.replace(r"\$", "$"),
-        flow_caption(graph, walks=walks) if caption is None else caption.replace(r"\$", "$"),
+        heading,
+        caption,
         key_text(
             bool(shown),
             has_off(graph),
@@ -152,7 +179,7 @@ def scene_of(
         photo.file.shape[0] / photo.file.shape[1] if photo is not None else None,
         notes,
         counts,
-        flow_finding(graph) if finding is None else finding,
+        finding,
     )
 
 
@@ -173,7 +200,10 @@ def curve(band: Band) -> list[tuple[float, float]]:
 
 
 def walk_bands(scene: Scene, walks: Walks) -> list[Band]:
-    """Returns bands for the walks that the caption names, drawn to scale at the upper edges of the ribbons."""
+    """Returns bands for the walks that the caption names, to scale at the upper edges of the ribbons.
+
+    Each walk has the color of its own sign along its whole length, also within ribbons of the other sign.
+    """
     ribbons = {(band.lower, band.upper): band for band in scene.bands}
     filled = dict.fromkeys(ribbons, 0.0)
     bands = []
@@ -185,7 +215,8 @@ def walk_bands(scene: Scene, walks: Walks) -> list[Band]:
                 shift = filled[pair] + width / 2 - ribbon.width / 2
                 start, end = ((x, y + shift) for x, y in (ribbon.start, ribbon.end))
                 filled[pair] += width
-                bands.append(replace(ribbon, value=mass, start=start, end=end, width=width, strength=0.9))
+                tone = "positive" if mass > 0 else "negative"
+                bands.append(Band(*pair, mass, start, end, width, tone, strength=0.9))
     return bands
 
 

@@ -9,9 +9,9 @@ from itertools import pairwise
 import numpy as np
 
 from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
-from .flow_columns import node_name
-from .flow_finding import groups_of, leading, listed, members_of, sign_of, target_name
-from .ribbons import percent
+from .flow_columns import is_difference, node_name
+from .flow_finding import densest, groups_of, is_spread, leading, listed, members_of, sign_of, target_name
+from .ribbons import short_percent
 
 NO_BREAK = "\u00a0"
 NAMED = 3
@@ -22,8 +22,8 @@ WORTH_SAYING = 0.01
 """Smallest mentioned relevance."""
 WIDE = 0.1
 """Minimum relevance at which the widest ribbon between two layers is named."""
-DENSE = 1.25
-"""Smallest ratio of relevance to area for which an image part is mentioned as the densest."""
+CANCELS = 0.2
+"""Relevance of either sign in a layer above which the caption states both totals."""
 FEW = 0.25
 """Fraction of relevance below which the caption states how little the shown channels of a layer account for."""
 PATH, PATHS = "path through one node of each layer", "paths through one node of each layer"
@@ -59,7 +59,7 @@ def flow_caption(
     target = target or target_name(graph)
     ways = [_strongest_walks(graph, walks), *_narrow_ribbons(graph, walks)] if walks else _ways(graph)
     parts = [_parts(graph, target, areas or {}, places or {}), _densest(graph, areas or {})]
-    sentences = [*parts, _few_channels(graph), *ways, _against(graph, target), *_elsewhere(graph)]
+    sentences = [*parts, _few_channels(graph), *ways, _against(graph, target), _totals(graph), *_elsewhere(graph)]
     sentences += [f"The groups are from {graph.origin}."] if graph.origin else []
     return " ".join(sentence for sentence in sentences if sentence)
 
@@ -88,25 +88,28 @@ def _parts(graph: FlowGraph, target: str, areas: Mapping[str, float], places: Ma
     for node in chosen:
         notes = [places.get(node.key, ""), f"{round(100 * areas[node.key])}% of the area" if node.key in areas else ""]
         said = ", ".join(note for note in notes if note)
-        sources.append(f"{percent(node.mass)} {link} {_unbroken(named(node, graph))}{f' ({said})' if said else ''}")
+        sources.append(
+            f"{short_percent(node.mass)} {link} {_unbroken(named(node, graph))}{f' ({said})' if said else ''}"
+        )
     if not sources:
         return ""
     others = [node.mass for node in nodes if node not in chosen]
-    more = f"; the other {len(others)} shown together have {percent(sum(others))}" if len(others) > 1 else ""
+    more = f"; the other {len(others)} shown together have {short_percent(sum(others))}" if len(others) > 1 else ""
     return f"Of {target}, {listed(sources).replace(f' {link} ', f' {verb} ', 1)}{more}."
 
 
 def _densest(graph: FlowGraph, areas: Mapping[str, float]) -> str:
-    """Names the image part with the most relevance per area, unless it also has the most relevance."""
+    """Names the image part with the most relevance per area, unless it has the most relevance or the title names it."""
     nodes, sign = groups_of(graph.layers[-1]) if graph.layers else [], sign_of(graph)
-    known = [node for node in nodes if areas.get(node.key, 0.0) > 0 and sign * node.mass >= WORTH_SAYING]
-    if len(known) < 2:
+    node = densest(graph.layers[-1], sign, areas) if nodes and areas else None
+    if (
+        node is None
+        or is_spread(graph.layers[-1], sign, areas)
+        or sign * node.mass >= max(sign * one.mass for one in nodes)
+    ):
         return ""
-    densest = max(known, key=lambda node: sign * node.mass / areas[node.key])
-    ratio = sign * densest.mass / areas[densest.key]
-    if densest is max(known, key=lambda node: sign * node.mass) or ratio < DENSE:
-        return ""
-    return f"Relevance is densest in {_unbroken(named(densest, graph))}: {ratio:.2g} times its share of the area."
+    ratio = sign * node.mass / areas[node.key]
+    return f"Relevance is densest in {_unbroken(named(node, graph))}: {ratio:.2g} times its share of the area."
 
 
 def _few_channels(graph: FlowGraph) -> str:
@@ -129,7 +132,7 @@ def _shows_few(layer: FlowLayer) -> bool:
 
 
 def _share(layer: FlowLayer) -> str:
-    return percent(round(sum(layer.masses), 5))
+    return short_percent(round(sum(layer.masses), 5))
 
 
 def _ways(graph: FlowGraph) -> list[str]:
@@ -147,7 +150,7 @@ def _ways(graph: FlowGraph) -> list[str]:
             members = kinds.pop() if len(kinds) == 1 else "nodes"
             sentences.append(
                 f"The widest ribbon between the shown {members} of {lower.name} and {upper.name} is {ribbon}: "
-                f"{percent(float(groups[above, below]))}."
+                f"{short_percent(float(groups[above, below]))}."
             )
     return sentences
 
@@ -169,12 +172,12 @@ def _strongest_walks(graph: FlowGraph, walks: Walks) -> str:
         return ""
     count = math.prod(len(layer.groups) for layer in graph.layers)
     lowest = "a part" if graph.layers[-1].name == "input" else f"a group of {graph.layers[-1].name}"
-    said = [f"{walk_name(graph, keys)} ({percent(mass)})" for keys, mass in named_walks(walks)]
+    said = [f"{walk_name(graph, keys)} ({short_percent(mass)})" for keys, mass in named_walks(walks)]
     if not said:
-        most = percent(walks[0][1])
+        most = short_percent(walks[0][1])
         return f"No single walk ({PATH}) stands out: the strongest of {count} from {lowest} to the output has {most}."
     verb = "is" if len(said) == 1 else "are"
-    even = f"an even split would give each {percent(sign_of(graph) / count)}"
+    even = f"an even split would give each {short_percent(sign_of(graph) / count)}"
     return f"The strongest of {count} walks ({PATHS}) from {lowest} to the output {verb} {listed(said)}; {even}."
 
 
@@ -185,12 +188,12 @@ def _narrow_ribbons(graph: FlowGraph, walks: Walks) -> list[str]:
         pair: (ribbons.get(pair, 0.0), math.copysign(1, mass))
         for keys, mass in named_walks(walks)
         for pair in pairwise(keys)
-        if percent(mass) != percent(ribbons.get(pair, 0.0))
+        if short_percent(mass) != short_percent(ribbons.get(pair, 0.0))
         and abs(mass) > math.copysign(1, mass) * ribbons.get(pair, 0.0)
     }
     if not narrow:
         return []
-    said = [f"{walk_name(graph, pair)} ({percent(mass)})" for pair, (mass, _) in narrow.items()]
+    said = [f"{walk_name(graph, pair)} ({short_percent(mass)})" for pair, (mass, _) in narrow.items()]
     signs = {sign for _, sign in narrow.values()}
     kind = "of the other sign" if len(signs) == 2 else "negative" if signs == {1} else "positive"
     if len(said) == 1:
@@ -204,8 +207,23 @@ def _against(graph: FlowGraph, target: str) -> str:
     groups = [node for layer in graph.layers[1:] for node in layer.nodes if node.kind == "group"]
     opposed = sorted((node for node in groups if sign * node.mass <= -WORTH_SAYING), key=lambda node: sign * node.mass)
     worst = [node for node in opposed if node.layer == opposed[0].layer][:NAMED]
-    said = [f"{named(node, graph)} with {percent(node.mass)}" for node in worst]
+    said = [f"{named(node, graph)} with {short_percent(node.mass)}" for node in worst]
     return f"{'Against' if sign > 0 else 'For'} {target}: {listed(said)}." if said else ""
+
+
+def _totals(graph: FlowGraph) -> str:
+    """States the total of either sign in the layer where most relevance cancels, such as "100% = 141% − 41%"."""
+    if is_difference(graph):
+        return ""
+    totals = {
+        layer.name: [sum(max(sign * node.mass, 0.0) for node in layer.nodes) for sign in (1, -1)]
+        for layer in graph.layers
+    }
+    name, (positive, negative) = max(totals.items(), key=lambda total: min(total[1]), default=("", (0.0, 0.0)))
+    if min(positive, negative) <= CANCELS:
+        return ""
+    said = f"{short_percent(positive - negative)} = {short_percent(positive)} − {short_percent(negative)}"
+    return f"In {name}, {said}, the totals of its nodes for and against."
 
 
 def _elsewhere(graph: FlowGraph) -> list[str]:
@@ -214,13 +232,13 @@ def _elsewhere(graph: FlowGraph) -> list[str]:
     rest = max(graph.layers, key=lambda layer: abs(layer.rest), default=None)
     if rest is not None and rest.others and abs(rest.rest) >= 0.1 and not _shows_few(rest):
         others = f"{rest.others} channels" if members_of(rest) == "channels" else f"{rest.others}"
-        sentences.append(f"The other {others} of {_layer_text(rest)} have {percent(rest.rest)}.")
+        sentences.append(f"The other {others} of {_layer_text(rest)} have {short_percent(rest.rest)}.")
     lowest = graph.layers[-1] if graph.layers else None
     if lowest is not None and abs(lowest.sink) >= WORTH_SAYING:
-        sentences.append(f"{percent(lowest.sink)} is lost to biases and constants above {_layer_text(lowest)}.")
+        sentences.append(f"{short_percent(lowest.sink)} is lost to biases and constants above {_layer_text(lowest)}.")
     around = max(graph.layers, key=lambda layer: abs(layer.bypass), default=None)
     if around is not None and abs(around.bypass) >= WORTH_SAYING:
-        sentences.append(f"{percent(around.bypass)} bypasses {_layer_text(around)}.")
+        sentences.append(f"{short_percent(around.bypass)} bypasses {_layer_text(around)}.")
     return sentences
 
 

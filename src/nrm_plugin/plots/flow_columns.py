@@ -9,7 +9,7 @@ import numpy as np
 from ..measure.flow_graph import FlowError, FlowGraph, FlowLayer, FlowNode
 from .arrays import Array
 from .flow_order import column_orders
-from .ribbons import percent
+from .ribbons import short_percent
 
 MAX_GROUPS = 40
 """Maximum number of groups per layer in a figure."""
@@ -106,7 +106,7 @@ def layer_note(layer: FlowLayer, is_difference: bool = False) -> str:
         return "no relevance crosses it"
     if is_difference:
         return f"{len(layer.groups)} of {len(layer.groups) + layer.others}" if layer.others else ""
-    shown, share = len(layer.groups), percent(round(sum(layer.masses), 5))
+    shown, share = len(layer.groups), short_percent(round(sum(layer.masses), 5))
     is_only = shown == 1 and layer.name == "output" and abs(layer.rest) < LEAST_REST  # the explained class
     if not layer.others or is_only:
         return share if shown == 1 else f"all {shown}: {share}"

@@ -7,16 +7,22 @@ from collections.abc import Mapping, Sequence
 
 from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
 from .flow_columns import NUMBERED, is_difference, node_name
-from .ribbons import percent
+from .ribbons import percent, short_percent, times
 
 HALF = 0.5
 """Fraction of a layer's relevance that the named nodes hold. At most :data:`NAMED` nodes are named."""
 NAMED = 3
+ALIKE_AREAS = 1.25
+"""Largest ratio between shares of relevance and of the area, either way, at which relevance is spread like the area. A
+part is dense if its ratio is at least as large.
+"""
+LEAST_DENSE = 0.01
+"""Smallest relevance of a part that is named as dense."""
 AGAINST = -0.25
 """Minimum mass at which the finding mentions evidence against the output."""
 ALIKE = 0.01
 """Largest node difference for which the finding states that two flows hardly differ."""
-THROUGH = "passes through"
+THROUGH, ALL = "passes through", "all relevance"
 WORD_AND_NUMBER = re.compile(r"(?P<word>[^\W\d]+)\s(?P<number>\d+)")
 SEVERAL = re.compile(r" \+ \d+$")
 """Suffix pattern for names of groups with several members, such as "teapot + 474"."""
@@ -31,7 +37,9 @@ def flow_finding(
 
     Each number is the sum of the masses of the named nodes, which the figure shows. Among the layers between the lowest
     layer and the output, the sentence describes the one in which the fewest nodes hold half of the relevance. If most
-    of the relevance passes through nodes that are not shown, it says so. If the masses sum to -1, because the explained
+    of the relevance passes through nodes that are not shown, it says so. If the main parts of the image have about as
+    much of the relevance as of the area, it says that relevance is spread like the area, and names the densest part. If
+    they have less, it names parts that have more. If the masses sum to -1, because the explained
     output is behind another one, the sentence is about the evidence against it.
 
     Args:
@@ -56,12 +64,71 @@ def flow_finding(
     verb = "comes from" if lowest.name == "input" else THROUGH
     start = f"Evidence against {name} prevails: " if sign < 0 else ""
     says = verb if sign < 0 else f"of {name} {verb}"
-    clauses = [_clause(lowest, says, _notes(lowest, sign, places or {}, areas or {}), sign)]
+    where = (places or {}, areas or {})
+    spread = is_spread(lowest, sign, where[1])
+    if spread:
+        about = "it" if sign < 0 else "Relevance" if name == ALL else f"Relevance for {name}"
+        clauses = [f"{about} is spread like the area{_dense_clause(lowest, sign, *where)}"]
+    else:
+        nodes = _sources(lowest, sign, where[1])
+        clauses = [_clause(lowest, says, _notes(nodes, *where), sign, nodes)]
     between = [layer for layer in graph.layers[:-1] if layer.name != "output" and layer.groups]
     if between:
         layer = max(between, key=lambda layer: _concentration(layer, sign))
-        clauses.append(_clause(layer, THROUGH, "", sign))
-    return start + ", and ".join(clauses)
+        clauses.append(_clause(layer, THROUGH, "", sign, leading(layer, sign)))
+    return start + ("; " if spread else ", and ").join(clauses)
+
+
+def is_spread(layer: FlowLayer, sign: int, areas: Mapping[str, float]) -> bool:
+    """Returns True if the main parts of an image have about as much of the relevance as of the area.
+
+    Args:
+        layer: The lowest layer.
+        sign: Sign of the total relevance, see :func:`sign_of`.
+        areas: Fraction of the image that each input node covers, keyed by node.
+    """
+    ratio = _density(leading(layer, sign), sign, areas)
+    return ratio is not None and not _is_hidden(layer, sign) and 1 / ALIKE_AREAS <= ratio <= ALIKE_AREAS
+
+
+def densest(layer: FlowLayer, sign: int, areas: Mapping[str, float]) -> FlowNode | None:
+    """Returns the part of an image with the most relevance per area, or None if all have about as much.
+
+    The arguments are those of :func:`is_spread`.
+    """
+    dense = _dense(layer, sign, areas)
+    return max(dense, key=lambda node: sign * node.mass / areas[node.key], default=None)
+
+
+def _dense(layer: FlowLayer, sign: int, areas: Mapping[str, float]) -> list[FlowNode]:
+    """Returns the parts with clearly more of the relevance than of the area."""
+    known = [node for node in groups_of(layer) if areas.get(node.key, 0.0) > 0 and sign * node.mass >= LEAST_DENSE]
+    return [node for node in known if sign * node.mass >= ALIKE_AREAS * areas[node.key]]
+
+
+def _density(nodes: Sequence[FlowNode], sign: int, areas: Mapping[str, float]) -> float | None:
+    """Returns the ratio between the relevance and the area of parts together, or None if an area is unknown."""
+    area = sum(areas.get(node.key, 0.0) for node in nodes)
+    return sign * sum(node.mass for node in nodes) / area if area > 0 and all(n.key in areas for n in nodes) else None
+
+
+def _sources(layer: FlowLayer, sign: int, areas: Mapping[str, float]) -> list[FlowNode]:
+    """Returns the main parts of an image or, if they have less of the relevance than of the area, those with more."""
+    nodes = leading(layer, sign)
+    ratio = _density(nodes, sign, areas)
+    dense = sorted(_dense(layer, sign, areas), key=lambda node: -sign * node.mass)[:NAMED]
+    return dense if ratio is not None and ratio < 1 and dense else nodes
+
+
+def _dense_clause(layer: FlowLayer, sign: int, places: Places, areas: Mapping[str, float]) -> str:
+    """Describes the densest part of an image, such as "; densest in part 6: 4.7% on 2.4% of the area (×2.0)"."""
+    node = densest(layer, sign, areas)
+    if node is None:
+        return ""
+    where = f" ({places[node.key]})" if places.get(node.key) else ""
+    ratio = times(sign * node.mass / areas[node.key])
+    shares = f"{short_percent(node.mass)} on {short_percent(areas[node.key])} of the area"
+    return f"; densest in {node_name(node)}{where}: {shares} ({ratio})"
 
 
 def difference_finding(graph: FlowGraph, first: str, second: str, places: Places | None = None) -> str:
@@ -84,7 +151,7 @@ def difference_finding(graph: FlowGraph, first: str, second: str, places: Places
             own = [node for node in nodes if node.layer == layer.name and sign * node.mass >= ALIKE]
             if own:
                 node = max(own, key=lambda node: sign * node.mass)
-                notes = [(places or {}).get(node.key, ""), percent(node.mass)]
+                notes = [(places or {}).get(node.key, ""), short_percent(node.mass)]
                 where = "" if layer.name == "input" else f" of {layer.name}"
                 said.append(f"{node_name(node)}{where} ({', '.join(filter(None, notes))})")
         sides += [f"more for {name}: {listed(said)}"] if said else []
@@ -97,7 +164,7 @@ def target_name(graph: FlowGraph) -> str:
     groups = groups_of(graph.layers[0]) if graph.layers and graph.layers[0].name == "output" else []
     main = [node for node in groups if abs(node.mass) >= ALIKE]
     if len(main) != 1:
-        return "all relevance"
+        return ALL
     return main[0].label if main[0].label.startswith(("“", "class ")) else f"“{main[0].label}”"
 
 
@@ -142,28 +209,32 @@ def _concentration(layer: FlowLayer, sign: int) -> tuple[bool, int, float]:
     return total >= HALF, -len(nodes), total
 
 
-def _clause(layer: FlowLayer, says: str, notes: str, sign: int) -> str:
-    """Describes the main nodes of a layer and their total mass, or the mass of the hidden nodes."""
+def _is_hidden(layer: FlowLayer, sign: int) -> bool:
+    """Returns True if most relevance passes through nodes that are not shown, or around the layer."""
+    return (bool(layer.others) and sign * layer.rest >= HALF) or sign * layer.bypass >= HALF
+
+
+def _clause(layer: FlowLayer, says: str, notes: str, sign: int, nodes: Sequence[FlowNode]) -> str:
+    """Describes the given main nodes of a layer and their total mass, or the mass of the hidden nodes."""
     of_layer = "" if layer.name == "input" else f" of {layer.name}"
     if layer.others and sign * layer.rest >= HALF:
-        return f"{percent(layer.rest)} {says} the {layer.others} {members_of(layer)}{of_layer} that are not shown"
+        return f"{short_percent(layer.rest)} {says} the {layer.others} {members_of(layer)}{of_layer} that are not shown"
     if sign * layer.bypass >= HALF:
-        return f"{percent(layer.bypass)} {says.removesuffix(THROUGH)}bypasses {layer.name}"
-    nodes = leading(layer, sign)
-    said = f"{percent(sum(node.mass for node in nodes))} {says} {together([node_name(node) for node in nodes])}"
+        return f"{short_percent(layer.bypass)} {says.removesuffix(THROUGH)}bypasses {layer.name}"
+    said = f"{short_percent(sum(node.mass for node in nodes))} {says} {together([node_name(node) for node in nodes])}"
     worst = min(groups_of(layer), key=lambda node: sign * node.mass)
-    against = f", against {percent(worst.mass)} from {node_name(worst)}" if sign * worst.mass <= AGAINST else ""
+    against = f", against {short_percent(worst.mass)} from {node_name(worst)}" if sign * worst.mass <= AGAINST else ""
     return f"{said}{notes}{of_layer}{against}"
 
 
-def _notes(layer: FlowLayer, sign: int, places: Places, areas: Mapping[str, float]) -> str:
-    """Returns the locations and the total area of the main nodes of a layer in parentheses, as far as they are known.
+def _notes(nodes: Sequence[FlowNode], places: Places, areas: Mapping[str, float]) -> str:
+    """Returns the locations and the total area of nodes in parentheses, as far as they are known.
 
     There is one location for each node, in the same order, unless all nodes have the same location.
     """
-    keys = [node.key for node in leading(layer, sign)]
-    where = [places[key] for key in keys if places.get(key)]
-    where = where if len({*where}) > 1 and len(where) == len(keys) else list(dict.fromkeys(where))
+    keys = [node.key for node in nodes]
+    where = [places.get(key, "") for key in keys]
+    where = [] if "" in where else where if len({*where}) > 1 else where[:1]
     covered = f"{round(100 * sum(areas[key] for key in keys))}% of the area" if {*keys} <= {*areas} else ""
     notes = "; ".join(filter(None, (", ".join(where), covered)))
     return f" ({notes})" if notes else ""
@@ -181,9 +252,11 @@ def groups_of(layer: FlowLayer) -> list[FlowNode]:
 
 __all__ = [
     "Places",
+    "densest",
     "difference_finding",
     "flow_finding",
     "groups_of",
+    "is_spread",
     "leading",
     "listed",
     "members_of",

@@ -24,8 +24,17 @@ from .flow_finding import flow_finding
 from .flow_legend import SIGNS
 from .flow_notes import Counts, Pairs, counted
 from .flow_parts import Band, DrawnNode, Label, Scene
-from .flow_thumbnails import NodeThumbnails, Photo, Pixels, node_thumbnails, painted, photo_pixels, region_places
-from .ribbons import DARK, LIGHT, Palette, percent
+from .flow_thumbnails import (
+    NodeThumbnails,
+    Photo,
+    Pixels,
+    node_thumbnails,
+    painted,
+    photo_pixels,
+    region_areas,
+    region_places,
+)
+from .ribbons import DARK, LIGHT, Palette, percent, short_percent
 
 WIDTH, COLUMN = 10.0, 2.0
 """Nominal width of the drawing and least width per layer in inches, the references for font sizes. The page scales the
@@ -47,6 +56,7 @@ def sankey(
     signs: tuple[str, str] = SIGNS,
     counts: Counts | None = None,
     finding: str | None = None,
+    made: str = "",
 ) -> str:
     """Returns a flow graph as a self-contained HTML page for light and dark backgrounds.
 
@@ -69,6 +79,7 @@ def sankey(
         signs: As in :func:`~nrm_plugin.plots.flow_figure`.
         counts: As in :func:`~nrm_plugin.plots.flow_figure`.
         finding: As in :func:`~nrm_plugin.plots.flow_figure`.
+        made: As in :func:`~nrm_plugin.plots.flow_figure`.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
@@ -76,9 +87,13 @@ def sankey(
     photo = image if isinstance(image, Photo) or image is None else Photo(image)
     thumbnails = node_thumbnails(graph, maps or {}, photo)
     width = max(WIDTH, COLUMN * len(graph.layers))
-    scene = scene_of(graph, "", "", thumbnails, None, width, signs, maps_at, pairs=pairs, counts=counts, finding="")
+    areas = region_areas(photo) if photo is not None else {}
+    scene = scene_of(
+        graph, "", "", thumbnails, None, width, signs, maps_at, pairs=pairs, counts=counts, finding="", areas=areas
+    )
     said = flow_caption(graph, walks=walks) if caption is None else caption
     title = flow_finding(graph) if finding is None else finding
+    line = f'\n<p class="heading">{escape(made)}</p>' if made else ""
     names = {node.key: node_name(counted(node, counts or {})) for node in graph.nodes}
     data = json.dumps(_data(graph, scene, names, pairs or {}, walks), allow_nan=False).replace("<", "\\u003c")
     nodes = {node.node.key: node for node in scene.nodes}
@@ -88,11 +103,12 @@ def sankey(
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(heading)}</title>\n<style>\n{_style()}</style>\n</head>\n<body>\n<main>\n<header>",
         _photograph(photo, thumbnails, graph) if photo else "",
-        f'<div>\n<p class="heading">{escape(heading)}</p>\n<h1>{escape(title)}</h1>\n<p>{escape(said)}</p>'
+        f'<div>\n<p class="heading">{escape(heading)}</p>{line}\n<h1>{escape(title)}</h1>\n<p>{escape(said)}</p>'
         if title
-        else f"<div>\n<h1>{escape(heading)}</h1>\n<p>{escape(said)}</p>",
+        else f"<div>\n<h1>{escape(heading)}</h1>{line}\n<p>{escape(said)}</p>",
         f"{_listed_walks(graph, walks)}{CONTROLS}\n</div>\n</header>",
-        f'<svg id="flow" viewBox="0 0 {scene.width:.1f} {scene.bottom:.1f}" role="group" aria-label="flow">',
+        f'<svg id="flow" viewBox="0 0 {scene.width:.1f} {scene.bottom:.1f}" role="group" '
+        f'aria-label="{escape(": ".join(filter(None, ("flow", made))))}">',
         DEFINITIONS,
         *(_text(label) for label in scene.labels),
         '<g class="bands">',
@@ -122,6 +138,7 @@ def save_sankey(
     signs: tuple[str, str] = SIGNS,
     counts: Counts | None = None,
     finding: str | None = None,
+    made: str = "",
 ) -> Path:
     """Writes the page returned by :func:`sankey` to a file and returns the path."""
     path = Path(path)
@@ -138,6 +155,7 @@ def save_sankey(
             signs=signs,
             counts=counts,
             finding=finding,
+            made=made,
         ),
         encoding="utf-8",
     )
@@ -178,7 +196,7 @@ def _listed_walks(graph: FlowGraph, walks: Walks) -> str:
     """Returns the list of walks over groups as HTML."""
     if not walks:
         return ""
-    said = [f"{escape(walk_name(graph, keys))}: {percent(mass)}" for keys, mass in walks]
+    said = [f"{escape(walk_name(graph, keys))}: {short_percent(mass)}" for keys, mass in walks]
     items = [f'<li><button type="button" data-walk="{number}">{text}</button></li>' for number, text in enumerate(said)]
     summary = "<summary>Strongest walks (point to one to see it)</summary>"
     return f'<details open class="walks">{summary}<ol>{"".join(items)}</ol></details>\n'
@@ -203,7 +221,7 @@ def _photograph(photo: Photo, thumbnails: NodeThumbnails | None, graph: FlowGrap
 def _photo_text(photo: Photo) -> str:
     left, top, right, bottom = photo.seen
     outside = 1 - (right - left) * (bottom - top)
-    note = f"; the model did not see {percent(outside)} of it, outside of the frame" if outside > 1e-3 else ""
+    note = f"; the model did not see {short_percent(outside)} of it, outside of the frame" if outside > 1e-3 else ""
     return f"the explained image{note}"
 
 
@@ -226,7 +244,7 @@ def _band(number: int, band: Band, nodes: Mapping[str, DrawnNode]) -> str:
 
 def _node(node: DrawnNode, name: str, thumbnails: NodeThumbnails | None) -> str:
     box = node.box
-    name = f"{node.node.layer}, {name}: {percent(node.node.mass)}"
+    name = f"{node.node.layer}, {name}: {short_percent(node.node.mass)}"
     parts = [
         f'<g class="node" role="button" tabindex="-1" aria-pressed="false" aria-label="{escape(name)}" '
         f'data-key="{escape(node.node.key)}">',
@@ -283,6 +301,7 @@ def _data(graph: FlowGraph, scene: Scene, names: Mapping[str, str], pairs: Pairs
         "known": sorted({(_column(scene, place, upper), _column(scene, place, lower))
                          for upper, lower in joint if upper in place and lower in place}),
         "walks": [[place[key] for key in keys if key in place] for keys, _ in walks],
+        "signs": [1 if mass > 0 else -1 for _, mass in walks],
     }  # fmt: skip
 
 

@@ -5,21 +5,20 @@ The same layout is used for the figure and the HTML page.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
 from .arrays import Array
-from .flow_columns import drawn_columns, is_difference, layer_note, node_name, tone_of
-from .flow_notes import HIGH, HIGHS, NOTES, Counts, counted
-from .flow_parts import BAR, LEAST_LETTERS, LINE, MARGIN, Band, Box, DrawnNode, Label, Scene, Sizes
+from .flow_bands import flow_bands
+from .flow_columns import LEAST_OFF, drawn_columns, is_difference, layer_note, node_name, tone_of
+from .flow_notes import DENSITIES, NOTES, Counts, counted
+from .flow_parts import BAR, LEAST_LETTERS, LINE, MARGIN, Box, DrawnNode, Label, Scene, Sizes
 from .flow_text import cut, text_width, wrapped_lines
-from .ribbons import percent
+from .ribbons import short_percent
 
-HAIRLINE = 0.3
-"""Smallest width of a drawn ribbon, in points."""
 NARROW = 5.0
 """Width in inches below which a figure with long columns becomes taller to keep thumbnails legible."""
 CHANNELS, NUMBERS = "“Ch.” are channels.", "Numbers below thumbnails are those of channels."
@@ -28,16 +27,14 @@ GAP = 9.0
 """Vertical space between two nodes, in points."""
 WIDER, BESIDE = 1.5, 140.0
 """Largest width of the photograph, relative to a square one, and minimum space for the finding next to it in points."""
-DARKER, PALER = 0.66, 0.26
-"""Opacity of the largest ribbons between groups, which hold half of the relevance together, and of all others."""
-FAINT = 0.14
-"""Opacity of ribbons between two rests, or between two nodes for walks off a layer."""
 SHORT = 2
 """Maximum number of nodes in a column with room for three-line names."""
 LEAST = 20.0
 """Smallest width of a thumbnail, in points."""
 SMALLEST = 4.5
 """Smallest font size of names and notes between two bars, in points. Notes that do not fit at this size are omitted."""
+CANCELS = 0.05
+"""Fraction of the ribbons of a node below which its mass is the result of a cancellation."""
 Column = Sequence[tuple[int, FlowNode]]
 Notes = Mapping[str, Sequence[str]]
 
@@ -97,13 +94,15 @@ def flow_scene(
             graph, number, column, stacks[number], heights[number], unit, room, top, sizes, thumbnails, notes
         )
     ]
-    bands, omitted = _bands(graph, columns, nodes, unit)
+    bands, omitted = flow_bands(graph, columns, nodes, unit)
     bottom = max([node.box.bottom for node in nodes], default=top + 20) + 10
-    note = f"Ribbons thinner than a hairline, together {percent(omitted)}, are not drawn." if omitted > 1e-3 else ""
+    note = (
+        f"Ribbons thinner than a hairline, together {short_percent(omitted)}, are not drawn." if omitted > 1e-3 else ""
+    )
     written = " ".join(label.text for node in nodes for label in node.labels)
-    has_notes = any(label.tone == "pale" for node in nodes for label in node.labels)
-    terms = [said for said, term in ((HIGHS, HIGH), (CHANNELS, "\u00a0ch.")) if term in written]
-    terms = [NOTES, *terms] if has_notes else terms
+    noted = {node.column > 0 for node in nodes for label in node.labels if label.tone == "pale"}
+    terms = [said for said, is_upper in ((DENSITIES, False), (NOTES, True)) if is_upper in noted]
+    terms += [CHANNELS] if "\u00a0ch." in written else []
     terms += [NUMBERS] if any(sizes.bare) else []
     sentences = " ".join(filter(None, (key, *terms, note)))
     legend = _legend(sentences, bottom, sizes)
@@ -114,7 +113,7 @@ def flow_scene(
 def _legend(text: str, top: float, sizes: Sizes) -> tuple[Label, ...]:
     """Returns the lines of the legend below the flow."""
     size = sizes.small
-    lines = wrapped_lines(text, sizes.width - 2 * MARGIN, size)
+    lines = wrapped_lines(text, 0.99 * sizes.width - 2 * MARGIN, size)
     return tuple(
         Label(MARGIN, top + 5 + row * LINE * size, line, size, "start", "pale") for row, line in enumerate(lines)
     )
@@ -286,7 +285,8 @@ def _placed(
         bars = _bars(layer, node, sides, number, len(graph.layers), box, middle, unit)
         thumbnail = inner if node.key in thumbnails else None
         is_between = any(bar.bottom > inner.bottom for bar, _ in bars)
-        labels = _labels(graph, number, node, box, inner.bottom + 1, sizes, is_between)
+        mass = mass_text(node, sides)
+        labels = _labels(graph, number, node, mass, box, inner.bottom + 1, sizes, is_between)
         if node.key in notes:
             labels = (*labels, *_note(notes[node.key], labels[-1], sizes, number, is_between))
         nodes.append(DrawnNode(node, number, box, thumbnail, bars, labels))
@@ -318,8 +318,16 @@ def _bars(
     return tuple(bars)
 
 
+def mass_text(node: FlowNode, sides: tuple[Stack, Stack]) -> str:
+    """Returns the mass of a node, or both totals of the rest or of an off node where they cancel: "+100% −100%"."""
+    stack = max(sides, key=lambda side: side.total)
+    if node.kind == "group" or abs(node.mass) >= CANCELS * stack.total or stack.total < 2 * LEAST_OFF:
+        return short_percent(node.mass)
+    return f"+{short_percent(stack.positive)} −{short_percent(stack.negative)}"
+
+
 def _labels(
-    graph: FlowGraph, number: int, node: FlowNode, box: Box, y: float, sizes: Sizes, is_between: bool
+    graph: FlowGraph, number: int, node: FlowNode, mass: str, box: Box, y: float, sizes: Sizes, is_between: bool
 ) -> tuple[Label, ...]:
     """Returns labels with the name and mass of a node. They must fit between its bars if ``is_between``."""
     last = len(graph.layers) - 1
@@ -328,17 +336,17 @@ def _labels(
     if is_between:
         room = sizes.sides[number] - 1
         fitting = _fitting(node, room, size, sizes.bare[number])
-        texts = {1: [_one_line(node)], 2: [fitting]}.get(sizes.lines[number], fitting.split())
+        texts = {1: [_one_line(node, mass)], 2: [fitting, mass]}.get(sizes.lines[number], [*fitting.split(), mass])
         widest = max((text_width(text, size) for text in texts), default=0.0)
         size *= float(np.clip(room / max(widest, 1e-6), min(1.0, max(0.75, SMALLEST / size)), 1.0))
     elif number in (0, last) and text_width(node_name(node), size) / 2 > sizes.node(number) / 2 + MARGIN - 2:
         x, anchor = (box.x, "start") if number == 0 else (box.right, "end")
-    tone = "ink" if node.kind != "group" or node.mass >= 0 else "negative"
+    tone = "ink" if node.kind == "off" or node.mass >= 0 else "negative"
     if sizes.lines[number] == 1:
-        return (Label(x, y + 0.5 * LINE * size, _one_line(node), size, anchor, tone, True),)
+        return (Label(x, y + 0.5 * LINE * size, _one_line(node, mass), size, anchor, tone, True),)
     name = _name_lines(_fitting(node, room, size, sizes.bare[number]), sizes.lines[number] - 1, room, size)
     labels = [Label(x, y + (row + 0.5) * LINE * size, text, size, anchor) for row, text in enumerate(name)]
-    return (*labels, Label(x, y + (len(name) + 0.5) * LINE * size, percent(node.mass), size, anchor, tone, True))
+    return (*labels, Label(x, y + (len(name) + 0.5) * LINE * size, mass, size, anchor, tone, True))
 
 
 def _note(texts: Sequence[str], above: Label, sizes: Sizes, number: int, is_between: bool) -> tuple[Label, ...]:
@@ -371,77 +379,8 @@ def _shorter(node: FlowNode) -> str:
     return node_name(node).replace("channel ", "ch.\u00a0")
 
 
-def _one_line(node: FlowNode) -> str:
-    return f"{node_name(node)}  {percent(node.mass)}"
+def _one_line(node: FlowNode, mass: str = "") -> str:
+    return f"{node_name(node)}  {mass or short_percent(node.mass)}"
 
 
-# -- ribbons --------------------------------------------------------------------------------------------------------
-
-
-def _bands(
-    graph: FlowGraph, columns: Sequence[Sequence[tuple[int, FlowNode]]], nodes: Sequence[DrawnNode], unit: float
-) -> tuple[list[Band], float]:
-    """Returns the ribbons and the total relevance of omitted ribbons."""
-    places = {node.node.key: node for node in nodes}
-    bands: list[Band] = []
-    omitted = 0.0
-    layers = graph.layers[::-1]
-    for number, joint in enumerate(joint.T for joint in graph.joints[::-1]):
-        left, right = columns[number], columns[number + 1]
-        values = joint[np.ix_([row for row, _ in left], [row for row, _ in right])]
-        starts, ends = _tops(values, unit), _tops(values.T, unit).T
-        omitted += float(np.abs(joint).sum() - np.abs(values).sum())
-        darker = _half(joint[:-2, :-2])
-        for (a, (_, lower)), (b, (_, upper)) in ((a, b) for a in enumerate(left) for b in enumerate(right)):
-            value, width = float(values[a, b]), abs(float(values[a, b])) * unit
-            if width < HAIRLINE:
-                omitted += abs(value)
-                continue
-            one, other = places[lower.key], places[upper.key]
-            start = (one.box.right, _middle(one, 1) + starts[a, b] + width / 2)
-            end = (other.box.x, _middle(other, 0) + ends[a, b] + width / 2)
-            kinds = {lower.kind, upper.kind}
-            kind = lower if lower.kind == "off" else upper if upper.kind == "off" else None
-            tone = tone_of(kind, layers[number + (kind is upper)], value) if kind else _tone(kinds, value)
-            if kind or "rest" in kinds:
-                strength = FAINT if len(kinds) == 1 else PALER
-            else:
-                strength = DARKER if abs(value) >= darker else PALER
-            bands.append(Band(lower.key, upper.key, value, start, end, width, tone, strength))
-    return bands, omitted
-
-
-def _half(values: Array) -> float:
-    """Returns the smallest absolute value among the fewest ribbons that hold half of the relevance between groups."""
-    sizes = np.sort(np.abs(values), axis=None)[::-1]
-    enough = np.cumsum(sizes) >= 0.5 * sizes.sum()
-    return float(sizes[int(enough.argmax())]) if sizes.sum() > 0 else 0.0
-
-
-def _tone(kinds: Collection[str], value: float) -> str:
-    return "negative" if value < 0 else "rest" if "rest" in kinds else "positive"
-
-
-def _tops(values: Array, unit: float) -> Array:
-    """Returns the upper ends of the ribbons at the nodes of one column, relative to the center of the node.
-
-    The ribbons of a node are in the order of their other ends, with positive ribbons above negative ones.
-    """
-    positive, negative = values.clip(min=0), -values.clip(max=0)
-    before = np.cumsum(positive, 1) - positive
-    after = positive.sum(1, keepdims=True) + np.cumsum(negative, 1) - negative
-    half = np.abs(values).sum(1, keepdims=True) / 2
-    tops: Array = unit * (np.where(values >= 0, before, after) - half)
-    return tops
-
-
-def _middle(node: DrawnNode, side: int) -> float:
-    """Returns the vertical center of the bar on one side of a node."""
-    x = node.box.right - BAR if side else node.box.x
-    parts = [box for box, _ in node.bars if abs(box.x - x) < 1e-6]
-    if not parts:
-        return node.box.y
-    return (min(box.y for box in parts) + max(box.bottom for box in parts)) / 2
-
-
-__all__ = ["HAIRLINE", "SMALLEST", "flow_scene"]
+__all__ = ["SMALLEST", "flow_scene"]

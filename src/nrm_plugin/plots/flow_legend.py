@@ -10,7 +10,7 @@ from .flow_columns import has_rests, is_difference
 from .flow_finding import SEVERAL, sign_of
 from .flow_notes import GROUP, is_group
 
-KEY = "The input is on the left. Heights are relevance, on one scale for all layers; {}."
+KEY = "{} on the left. Heights are relevance, on one scale for all layers; {}."
 GROUPS = "A1, A2, … are groups of channels that carry relevance together."
 DARKER = "Strongly colored ribbons are the fewest that hold half of the relevance between two layers."
 OUTPUTS = "“{}” is a group of outputs: the one with most relevance, and the number of the others."
@@ -24,17 +24,22 @@ SHARES = {
 }
 NEGATIVE = "Each layer sums to −100%, because evidence against the output prevails."
 PATCHES = "A1, B1, … are patches of the image, named by column and row."
-DIFFERENCES = "Percentages are differences between shares of two outputs: 30% of one minus 20% of the other is 10%."
+DIFFERENCES = (
+    "Each layer sums to 0. Percentages are differences between shares of two outputs: 30% of one minus 20% of the "
+    "other is 10%."
+)
 NOTHING_OFF = "Less than 0.5% is lost to biases and constants above a layer or bypasses it."
 OFF = (
     "Orange is relevance that does not cross a layer: hatched if it is lost to biases and constants above (absorbed), "
     "dotted if it bypasses the layer."
 )
 THUMBNAILS = (
-    "Thumbnails show the relevance of a node per area{}, on one color scale per layer: a large pale part may carry "
-    "more than a small strongly colored one."
+    "Thumbnails show where the relevance of a node lies{}, whatever its amount: each is divided by the total absolute "
+    "relevance of its node. On the color scale of each layer, strong color is concentrated and pale color spread out."
 )
 CROP = "A white frame in the photograph marks the part that thumbnails show."
+INPUTS = ("input", "tokens")
+"""Names of layers that are the input of a model."""
 VISIBLE = 1e-4
 """Smallest relevance at which a bar is visible."""
 SIGNS = ("evidence for the output", "evidence against it")
@@ -65,7 +70,7 @@ def key_text(
     differs = graph is not None and is_difference(graph)
     sign = 1 if graph is None else sign_of(graph)
     sentences = {
-        KEY.format(_colors(graph, signs, has_blue)): True,
+        KEY.format(_left(graph), _colors(graph, signs, has_blue)): True,
         DARKER: graph is not None and bool(graph.joints),
         GROUPS: graph is not None and any(is_group(node.label, node.layer) for node in graph.nodes),
         PATCHES: graph is not None and any(_is_patch(node.label, node.layer) for node in graph.nodes),
@@ -81,6 +86,11 @@ def key_text(
         CROP: is_cropped,
     }
     return " ".join(sentence for sentence, is_needed in sentences.items() if is_needed)
+
+
+def _left(graph: FlowGraph | None) -> str:
+    """Describes what the first column shows."""
+    return "The input is" if graph is None or graph.layers[-1].name in INPUTS else "Lower layers are"
 
 
 def _output_group(graph: FlowGraph | None) -> str:

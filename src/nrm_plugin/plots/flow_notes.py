@@ -1,15 +1,15 @@
-"""Notes on groups of channels: the image parts that contribute most to a group and its number of channels."""
+"""Notes on groups of channels: the image part that is over-represented in a group and its number of channels."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ..measure.flow_graph import FlowGraph, FlowNode
-from .flow_columns import node_name, region_name
+from ..measure.flow_graph import FlowEdge, FlowGraph, FlowNode
+from .flow_columns import is_difference, node_name
 from .flow_finding import sign_of
-from .ribbons import percent
+from .ribbons import short_percent, times
 
 Counts = Mapping[str, int]
 """Number of channels of each group, keyed by node."""
@@ -17,14 +17,17 @@ Pairs = Mapping[tuple[str, str], float]
 """Joint relevance of nodes in any two layers, keyed by the upper and the lower node."""
 GROUP = re.compile(r"[A-Z]\d+")
 """Pattern for the names that the command gives to groups of channels and to input patches."""
-NOTES = "Below a group: the part of the image with the largest share of it, and this share, if it is unusually large."
+NOTES = (
+    "Below a group: the part of the image that is most over-represented in it, with its share of the group and, in "
+    "parentheses, this share divided by the part's share of all relevance, if that is at least 1.25."
+)
 """Sentence of the legend about the notes."""
-HIGH = ", high: "
-HIGHS = "“High” is a part with a clearly larger share of the group than of all relevance."
-"""Prefix of the second image part in a note and the sentence about it in the legend."""
-LEAST_SHARE, LEAST_RATIO, LEAST_MASS = 0.15, 1.25, 0.01
-"""Criteria for an image part to stand out in a group: smallest fraction of the group's relevance, smallest ratio to the
-part's fraction of all relevance, and smallest absolute mass of the group.
+DENSITIES = "Below a part: its share of all relevance divided by its share of the area."
+"""Sentence of the legend about the notes of parts."""
+LEAST_SHARE, LEAST_RATIO, LEAST_MASS, LEAST_NET = 0.1, 1.25, 0.01, 1 / 3
+"""Criteria for a note: smallest fraction of the group's relevance in the part, smallest ratio to the part's fraction of
+all relevance, smallest absolute mass of the group and of the part, and smallest fraction of the group's absolute
+relevance that does not cancel.
 """
 
 
@@ -42,12 +45,12 @@ def counted(node: FlowNode, counts: Counts, unit: str = "channels") -> FlowNode:
 
 
 def standing_out(graph: FlowGraph, pairs: Pairs) -> dict[str, tuple[str, ...]]:
-    r"""Names the image parts with an unusually large fraction of the relevance of each group of channels.
+    r"""Names the image part that is most over-represented in each group of channels, such as "part 3 45% (×2.2)".
 
-    A part ``B`` of the image stands out in a group ``A`` if its fraction :math:`\mu(B \mid A)` of the group's relevance
-    clearly exceeds its fraction :math:`\mu(B)` of all relevance. A note names the part with the largest fraction and,
-    if this is a different part, the one that stands out most: "most: part 1 31%, high: part 3 25%". All parts with
-    relevance of the sign of the total are considered.
+    The fraction :math:`\mu(B \mid A)` of the group's relevance in a part ``B`` of the image is compared with the
+    fraction :math:`\mu(B)` of all relevance in it. A group has no note if no part has 1.25 times its fraction of all
+    relevance and at least a tenth of the group's relevance, or if most of the relevance of the group cancels. All parts
+    with relevance of the sign of the total are considered.
 
     Args:
         graph: A flow whose lowest layer is the input.
@@ -59,23 +62,43 @@ def standing_out(graph: FlowGraph, pairs: Pairs) -> dict[str, tuple[str, ...]]:
     if len(graph.layers) < 3 or graph.layers[-1].name != "input":
         return {}
     sign = sign_of(graph)
-    joint = {(edge.upper.key, edge.lower.key): edge.mass for edge in graph.edges} | dict(pairs)
-    parts = [node for node in graph.layers[-1].nodes if node.kind == "group" and sign * node.mass > 0]
+    edges = graph.edges
+    joint = {(edge.upper.key, edge.lower.key): edge.mass for edge in edges} | dict(pairs)
+    parts = [node for node in graph.layers[-1].nodes if node.kind == "group" and sign * node.mass >= LEAST_MASS]
     notes: dict[str, tuple[str, ...]] = {}
-    for node in (node for layer in graph.layers for node in layer.nodes if is_group(node.label, layer.name)):
-        if abs(node.mass) < LEAST_MASS:
+    for node in (node for layer in graph.layers for node in layer.nodes if is_group(node.label, node.layer)):
+        if abs(node.mass) < max(LEAST_MASS, LEAST_NET * _gross(edges, node)):
             continue
         shares = {part: joint.get((node.key, part.key), 0.0) / node.mass for part in parts}
-        high = max(parts, key=lambda part: shares[part] - sign * part.mass, default=None)
-        if high is None or not max(LEAST_SHARE, LEAST_RATIO * sign * high.mass) <= shares[high] <= 1:
-            continue
-        most = max(parts, key=shares.__getitem__)
-        said, other = f"{node_name(most)} {percent(shares[most])}", f"{HIGH}{node_name(high)}"
-        shorter = [f"{name}: {percent(shares[most])}" for name in (node_name(most), region_name(most))]
-        longer = f"most: {said}{other} {percent(shares[high])}"
-        if shares[most] <= 1:
-            notes[node.key] = (*(() if most is high else (longer,)), f"most: {said}", *shorter)
+        large = [part for part in parts if LEAST_SHARE <= shares[part] <= 1]
+        part = max(large, key=lambda part: shares[part] / (sign * part.mass), default=None)
+        if part is not None and shares[part] >= LEAST_RATIO * sign * part.mass:
+            name = f"patch {part.label}" if GROUP.fullmatch(part.label) else node_name(part)
+            said = f"{name} {short_percent(shares[part])}"
+            notes[node.key] = (f"{said} ({times(shares[part] / (sign * part.mass))})", said, name)
     return notes
 
 
-__all__ = ["GROUP", "HIGH", "HIGHS", "NOTES", "Counts", "Pairs", "counted", "is_group", "standing_out"]
+def densities(graph: FlowGraph, areas: Mapping[str, float]) -> dict[str, tuple[str, ...]]:
+    """Returns the ratio between each image part's share of the relevance and of the area, such as ``×2.0``.
+
+    Args:
+        graph: A flow.
+        areas: Fraction of the image that each input node covers, keyed by node.
+
+    Returns:
+        A note for each part with relevance of the sign of the total, keyed by node.
+    """
+    sign = sign_of(graph)
+    parts = [] if is_difference(graph) else [node for node in graph.nodes if areas.get(node.key, 0.0) > 0]
+    return {node.key: (times(sign * node.mass / areas[node.key]),) for node in parts if sign * node.mass > 0}
+
+
+def _gross(edges: Sequence[FlowEdge], node: FlowNode) -> float:
+    """Returns the total absolute relevance of the ribbons on the side of a node where more of it cancels."""
+    above = [edge.mass for edge in edges if edge.lower.key == node.key]
+    below = [edge.mass for edge in edges if edge.upper.key == node.key]
+    return max(sum(map(abs, above)), sum(map(abs, below)))
+
+
+__all__ = ["DENSITIES", "GROUP", "NOTES", "Counts", "Pairs", "counted", "densities", "is_group", "standing_out"]

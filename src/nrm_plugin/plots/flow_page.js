@@ -10,12 +10,13 @@ const masses = data.nodes.map(node => percent(node.mass));
 const START = "Click a node to condition on it.", flow = document.getElementById("flow");
 let given = null;
 
-// Two significant digits, as in the figure.
+// Two significant digits, or less than 0.1%, as in the figure.
 function percent(value) {
   const points = 100 * value;
   if (Math.abs(points) < 1e-13) return "0%";
+  if (Math.abs(points) < 0.1) return "<0.1%";
   const digits = Math.max(0, 1 - Math.floor(Math.log10(Math.abs(points))));
-  return (digits <= 5 ? points.toFixed(digits) : points.toExponential(1)) .replace("-", "−") + "%";
+  return points.toFixed(digits).replace("-", "−") + "%";
 }
 
 function title(number) { return data.nodes[number].layer + ", " + data.nodes[number].name; }
@@ -38,10 +39,11 @@ function condition(number) {
     const mass = number === null ? null : both(at, number);
     const share = mass === null ? null : mass / data.nodes[number].mass;
     const text = number === null ? masses[at] : share === null ? "not stored" : percent(share);
-    labels[at].textContent = texts[at].replace(masses[at], text);
+    const totals = /\+\S+ −\S+$/;  // totals of both signs in place of a mass
+    labels[at].textContent = number === null ? texts[at] : texts[at].replace(totals.test(texts[at]) ? totals : masses[at], text);
     // Blue marks evidence against the output, as in the ribbons, even if it is a positive share of a negative node.
     const evidence = mass ?? data.nodes[at].mass;
-    labels[at].classList.toggle("negative", data.nodes[at].kind === "group" && evidence < 0);
+    labels[at].classList.toggle("negative", data.nodes[at].kind !== "off" && evidence < 0);
     node.dataset.share = text;
     node.classList.toggle("faint", share !== null && Math.abs(share) < 0.005);
     node.setAttribute("aria-label", title(at) + ": " + text +
@@ -64,14 +66,16 @@ function givenText(number) {
     ". Bars and images are those of the whole flow. Escape returns.";
 }
 
-// Draws one walk over groups: its nodes, and the ribbons between them.
-function follow(walk) {
+// Draws one walk over groups: its nodes, and the ribbons between them in the color of its own sign.
+function follow(walk, sign) {
   nodes.forEach((node, at) => node.classList.toggle("off-walk", walk !== null && !walk.includes(at)));
   bands.forEach((band, at) => {
     const {lower, upper} = data.bands[at];
     const on = walk !== null && walk.includes(lower) && walk.includes(upper);
     band.classList.toggle("off-walk", walk !== null && !on);
     band.classList.toggle("on-walk", on);
+    band.classList.toggle("for-walk", on && sign > 0);
+    band.classList.toggle("against-walk", on && sign < 0);
   });
 }
 
@@ -150,8 +154,8 @@ bands.forEach((band, number) => {
   band.addEventListener("mouseleave", hide);
 });
 document.querySelectorAll("[data-walk]").forEach(button => {
-  const walk = data.walks[Number(button.dataset.walk)];
-  for (const event of ["mouseenter", "focus"]) button.addEventListener(event, () => follow(walk));
+  const number = Number(button.dataset.walk), walk = data.walks[number];
+  for (const event of ["mouseenter", "focus"]) button.addEventListener(event, () => follow(walk, data.signs[number]));
   for (const event of ["mouseleave", "blur"]) button.addEventListener(event, () => follow(null));
 });
 if (nodes.length) nodes[nodes.length - 1].setAttribute("tabindex", "0");

@@ -11,9 +11,11 @@ THIRDS = (
     ("lower left", "bottom", "lower right"),
 )
 SIDES = ("top", "bottom", "left", "right")
-EDGES, SPREAD = "along the edges", "spread out"
-TOUCHED = 0.5
-"""Smallest covered fraction of an image side at which a region lies along this side."""
+SPREAD = "spread out"
+LARGE, LONG = 0.4, 0.8
+"""Largest area, and largest extent along a side, of a region whose location can be said in words, as fractions of the
+image.
+"""
 MOST = 0.5
 """Fraction of a region's relevance above which a single ninth of the image is named as its location."""
 THERE, ASIDE = 0.2, 0.6
@@ -23,12 +25,13 @@ they are named as its location.
 
 
 def place_name(region: NDArray[np.bool_], relevance: NDArray[np.float64] | None = None) -> str:
-    """Describes the location of a region in an image: "upper left", "center", …, "along the edges" or "spread out".
+    """Describes the location of a region in an image: "upper left", "center", …, "left" or "spread out".
 
-    The location is the ninth of the image that contains more than half of the region's relevance. If there is none, it
-    is "along the edges" if the region covers at least half of three or more sides of the image, and otherwise the ninth
-    that contains its center of mass. A large region may have little relevance there: its location is then the half of
-    the image that contains most of it, or "spread out" if no half contains clearly more than the other.
+    The location is the ninth of the image that contains more than half of the region's relevance, or otherwise the
+    ninth that contains its center of mass. The region may have little relevance there: its location is then the half of
+    the image that contains most of it, or "spread out" if no half contains clearly more than the other. The description
+    is empty if the region covers more than 40% of the image, spans more than 80% of a side, or does not contain its own
+    center.
 
     Args:
         region: Boolean mask of the region, of shape ``(H, W)``.
@@ -38,10 +41,10 @@ def place_name(region: NDArray[np.bool_], relevance: NDArray[np.float64] | None 
         >>> region = np.zeros((9, 9), bool)
         >>> region[:3, :3] = True
         >>> place_name(region), place_name(~region)
-        ('upper left', 'along the edges')
+        ('upper left', '')
     """
     region = np.asarray(region, dtype=bool)
-    if not region.any():
+    if not region.any() or not _is_compact(region):
         return ""
     weights = region.astype(float)
     if relevance is not None and relevance.shape == region.shape and (np.abs(relevance) * region).any():
@@ -50,11 +53,8 @@ def place_name(region: NDArray[np.bool_], relevance: NDArray[np.float64] | None 
     rows, columns = (np.arange(length) * 3 // length for length in region.shape)
     ninths = np.zeros((3, 3))
     np.add.at(ninths, (rows[:, None], columns), weights)
-    sides = (region[0], region[-1], region[:, 0], region[:, -1])
     if ninths.max() > MOST:
         place = divmod(int(ninths.argmax()), 3)
-    elif sum(float(side.mean()) >= TOUCHED for side in sides) >= 3:
-        return EDGES
     else:
         centers = [
             float((weights.sum(1 - axis) * (np.arange(length) + 0.5)).sum()) / length
@@ -66,6 +66,14 @@ def place_name(region: NDArray[np.bool_], relevance: NDArray[np.float64] | None 
     return THIRDS[place[0]][place[1]]
 
 
+def _is_compact(region: NDArray[np.bool_]) -> bool:
+    """Returns True if a word such as "left" can describe where a region is."""
+    places = np.nonzero(region)
+    spans = [float(np.ptp(along) + 1) / length for along, length in zip(places, region.shape, strict=True)]
+    center = tuple(int(along.mean() + 0.5) for along in places)
+    return bool(region.mean() <= LARGE and max(spans) <= LONG and region[center])
+
+
 def _side(weights: NDArray[np.float64]) -> str:
     """Returns the half of an image that contains most of the weights, or "spread out"."""
     height, width = weights.shape
@@ -74,4 +82,4 @@ def _side(weights: NDArray[np.float64]) -> str:
     return SIDES[int(np.argmax(shares))] if max(shares) >= ASIDE else SPREAD
 
 
-__all__ = ["EDGES", "place_name"]
+__all__ = ["place_name"]

@@ -48,12 +48,15 @@ class Photo:
         seen: The part of the original image that the model receives, given by its left, top, right and bottom edges as
             fractions of the image size.
         regions: Boolean masks of the input groups, of shape ``(H, W)``, keyed by node; drawn as outlines.
+        content: Boolean mask of the pixels that show the image rather than margins around it, of shape ``(H, W)``, or
+            None if there are no margins.
     """
 
     image: Tensor | Array
     whole: Tensor | Array | None = None
     seen: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
     regions: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    content: NDArray[np.bool_] | None = None
 
     @property
     def colors(self) -> Array:
@@ -195,6 +198,20 @@ def region_places(photo: Photo) -> dict[str, tuple[float, float]]:
     return places
 
 
+def region_areas(photo: Photo) -> dict[str, float]:
+    """Returns the fraction of the image that each region covers, without margins.
+
+    Regions that lie mostly in the margins are left out.
+    """
+    areas = {}
+    for key, mask in photo.regions.items():
+        content = np.ones(mask.shape, bool) if photo.content is None else photo.content
+        inside = int((mask & content).sum())
+        if 2 * inside > int(mask.sum()):
+            areas[key] = inside / int(content.sum())
+    return areas
+
+
 def opacity(values: Array) -> Array:
     """Returns the opacity of heat-map colors for values between -1 and 1."""
     result: Array = 0.9 * np.abs(values) ** 0.8
@@ -323,5 +340,6 @@ __all__ = [
     "node_thumbnails",
     "painted",
     "photo_pixels",
+    "region_areas",
     "region_places",
 ]

@@ -117,6 +117,16 @@ def percent(value: float) -> str:
     return text.replace("-", "−")
 
 
+def short_percent(value: float) -> str:
+    """Formats a fraction as :func:`percent` does, but less than 0.1% of either sign as ``<0.1%``."""
+    return "<0.1%" if ROUNDING <= 100 * abs(value) < 0.1 else percent(value)
+
+
+def times(ratio: float) -> str:
+    """Formats a ratio with a decimal if it is below 10, such as ``×2.2``."""
+    return f"×{ratio:.{0 if ratio >= 9.95 else 1}f}"
+
+
 def rows_scale(columns: Sequence[Column]) -> float:
     """Returns the factor by which labels must shrink for the longest column to fit.
 
