@@ -320,7 +320,7 @@ def test_cancelling_relevance_off_a_layer_is_written_with_both_totals():
     joints[1][0, 0], joints[1][3, :2] = 1.0, (0.4, -0.4)
     scene = flow_scene(FlowGraph(layers, joints), width=8)
     (off,) = (node for node in scene.nodes if node.node.kind == "off")
-    assert off.labels[-1].text.endswith("+40% −40%")
+    assert off.labels[-1].text.endswith("±40%")
     joints[1][3, 1] = -0.3
     part = replace(layers[1], bypass=0.1)
     scene = flow_scene(FlowGraph((layers[0], part, layers[2]), joints), width=8)

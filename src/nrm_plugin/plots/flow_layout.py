@@ -319,11 +319,12 @@ def _bars(
 
 
 def mass_text(node: FlowNode, sides: tuple[Stack, Stack]) -> str:
-    """Returns the mass of a node, or both totals of the rest or of an off node where they cancel: "+100% −100%"."""
+    """Returns the mass of a node; for a rest or an off node in which relevance cancels, "+41% −40%" or "±40%"."""
     stack = max(sides, key=lambda side: side.total)
     if node.kind == "group" or abs(node.mass) >= CANCELS * stack.total or stack.total < 2 * LEAST_OFF:
         return short_percent(node.mass)
-    return f"+{short_percent(stack.positive)} −{short_percent(stack.negative)}"
+    positive, negative = short_percent(stack.positive), short_percent(stack.negative)
+    return f"±{positive}" if positive == negative else f"+{positive} −{negative}"
 
 
 def _labels(

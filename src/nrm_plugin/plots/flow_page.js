@@ -39,7 +39,7 @@ function condition(number) {
     const mass = number === null ? null : both(at, number);
     const share = mass === null ? null : mass / data.nodes[number].mass;
     const text = number === null ? masses[at] : share === null ? "not stored" : percent(share);
-    const totals = /\+\S+ −\S+$/;  // totals of both signs in place of a mass
+    const totals = /(\+\S+ −\S+|±\S+)$/;  // totals of both signs in place of a mass
     labels[at].textContent = number === null ? texts[at] : texts[at].replace(totals.test(texts[at]) ? totals : masses[at], text);
     // Blue marks evidence against the output, as in the ribbons, even if it is a positive share of a negative node.
     const evidence = mass ?? data.nodes[at].mass;
