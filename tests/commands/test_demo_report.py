@@ -86,7 +86,7 @@ def test_figures_have_a_reasonable_size(tmp_path: Path):
         with Image.open(path) as figure:
             assert figure.format == "PNG"
             assert 600 < figure.width < 2000
-            assert 400 < figure.height < (2100 if path == report.flow[0] else 1200)
+            assert 400 < figure.height < (2000 if path == report.flow[0] else 1200)
             assert len(figure.convert("RGB").getcolors(figure.width * figure.height)) > 50
         assert path.stat().st_size < 700_000
 
