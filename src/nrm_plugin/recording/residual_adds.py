@@ -56,7 +56,7 @@ class Branch:
     is_exact: bool = True
 
 
-class Structure:
+class ResidualAdds:
     """Dependencies between the vertices of a graph and the residual adds among them.
 
     Attributes:
@@ -172,14 +172,9 @@ class Structure:
 
     def _residual(self, number: int, known: Mapping[int, Branch]) -> Branch | None:
         """Returns the branch that a vertex adds to a residual stream, or None if it is not a residual add."""
-        step, edges = self.step(number), self.graph.vertices[number].edges
-        if step is None or step.rule not in SUMS or len(edges) != 2 or None in edges:
-            return None
-        for is_exact, (branch, skip) in itertools.product((True, False), ((0, 1), (1, 0))):
-            top, stream = edges[branch], edges[skip]
-            assert top is not None
-            assert stream is not None
-            top, stream = self.source(top), self.source(stream)
+        summands = self._summands_of(number)
+        for is_exact, (branch, skip) in itertools.product((True, False), ((0, 1), (1, 0)) if summands else ()):
+            top, stream = summands[branch], summands[skip]
             stream = stream if is_exact else self._unscaled(stream)
             skipped = []
             while not self.depends(top.vertex, stream.vertex) and stream.vertex in known:
@@ -190,6 +185,12 @@ class Structure:
                 is_parallel = len(skipped) == 1 and any(self.depends(top.vertex, v) for v in self._weighted(found))
                 return replace(found, skipped=skipped[0]) if is_parallel else found
         return None
+
+    def _summands_of(self, number: int) -> list[Buffer]:
+        """Returns the two tensors that a vertex adds, or an empty list if it is not a sum of two tensors."""
+        step, edges = self.step(number), [edge for edge in self.graph.vertices[number].edges if edge is not None]
+        is_sum = step is not None and step.rule in SUMS and len(self.graph.vertices[number].edges) == len(edges) == 2
+        return [self.source(edge) for edge in edges] if is_sum else []
 
     def _unscaled(self, buffer: Buffer) -> Buffer:
         """Follows views and products with constants down to the original tensor."""
@@ -212,10 +213,9 @@ class Structure:
         The branch contains attention, whose queries, keys and values depend on the stream by linear layers. The other
         summand contains at most one linear layer.
         """
-        step, edges = self.step(number), self.graph.vertices[number].edges
-        if step is None or step.rule not in SUMS or len(edges) != 2 or None in edges:
+        tops = [summand.vertex for summand in self._summands_of(number)]
+        if not tops:
             return None
-        tops = [self.source(edge).vertex for edge in edges if edge is not None]
         own = (self.below[tops[0]] | 1 << tops[0]) ^ (self.below[tops[1]] | 1 << tops[1])
         stream = self._common(number, tops, known) if own & self.calls else None
         for branch, (top, skip) in enumerate((tops, tops[::-1])) if stream is not None else ():
@@ -384,4 +384,4 @@ def _is_idle(step: Step) -> bool:
     return step.rule in ("dropout", "identity")
 
 
-__all__ = ["SUMS", "Branch", "Structure", "is_weighted"]
+__all__ = ["SUMS", "Branch", "ResidualAdds", "is_weighted"]

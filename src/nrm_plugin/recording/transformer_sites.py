@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from .graph import Graph
 from .places import Buffer, Edge, Place
-from .residual_adds import SUMS, Branch, Structure
+from .residual_adds import SUMS, Branch, ResidualAdds
 
 SYNONYMS = {r"(mlp\d*)\.post(\d*)$": r"\1.neuron\2", r"(attn\d*)\.z$": r"\1"}
 """Patterns of alternative spellings for the end of a site name, with their replacements."""
@@ -49,7 +49,7 @@ def sites(graph: Graph) -> dict[str, Place]:
     Returns:
         The place in the graph of each site, keyed by the name of the site, in the order of the forward pass.
     """
-    structure = Structure(graph)
+    structure = ResidualAdds(graph)
     streams = _streams(structure)
     named: dict[str, Place] = {}
     for prefix, blocks in _prefixes(streams, structure):
@@ -62,7 +62,7 @@ def sites(graph: Graph) -> dict[str, Place]:
 # -- streams and blocks ---------------------------------------------------------------------------------------------
 
 
-def _streams(structure: Structure) -> list[list[Block]]:
+def _streams(structure: ResidualAdds) -> list[list[Block]]:
     """Groups residual adds by stream and then by block, in the order of the forward pass."""
     streams: list[list[Branch]] = []
     of_add: dict[int, list[Branch]] = {}
@@ -76,7 +76,7 @@ def _streams(structure: Structure) -> list[list[Block]]:
     return [_blocks(stream, structure) for stream in streams]
 
 
-def _previous(branch: Branch, structure: Structure) -> int | None:
+def _previous(branch: Branch, structure: ResidualAdds) -> int | None:
     """Returns the last residual add on which a stream depends, or None if the stream depends on other inputs too."""
     start = branch.stream.vertex
     below = structure.below[start] | 1 << start
@@ -86,7 +86,7 @@ def _previous(branch: Branch, structure: Structure) -> int | None:
     return previous if structure.inputs_of(start) == structure.inputs_of(previous) else None
 
 
-def _blocks(branches: Sequence[Branch], structure: Structure) -> list[Block]:
+def _blocks(branches: Sequence[Branch], structure: ResidualAdds) -> list[Block]:
     blocks: list[Block] = []
     frames = [frame for frame in structure.frames if _is_single(frame, structure)]
     for branch in branches:
@@ -98,7 +98,7 @@ def _blocks(branches: Sequence[Branch], structure: Structure) -> list[Block]:
     return blocks[1:] if is_position and any(branch.attention for branch in blocks[1].branches) else blocks
 
 
-def _is_next(branch: Branch, block: Block, structure: Structure) -> bool:
+def _is_next(branch: Branch, block: Block, structure: ResidualAdds) -> bool:
     """Returns True if a branch starts the block after the given one."""
     is_mixer = not branch.attention and structure.is_mixer(branch.inner)
     own = block.branches
@@ -108,18 +108,18 @@ def _is_next(branch: Branch, block: Block, structure: Structure) -> bool:
     return is_self or (not branch.attention and (is_full or (is_mixer and not has_attention)))
 
 
-def _is_single(frame: Branch, structure: Structure) -> bool:
+def _is_single(frame: Branch, structure: ResidualAdds) -> bool:
     """Returns True if exactly one of the residual adds inside an outer one contains attention within its stream."""
     own = [structure.branches[vertex] for vertex in frame.inner if vertex in structure.branches]
     return sum(len(branch.attention) > len(branch.crossing) for branch in own) == 1
 
 
-def _is_position(branches: Sequence[Branch], structure: Structure) -> bool:
+def _is_position(branches: Sequence[Branch], structure: ResidualAdds) -> bool:
     """Returns True if a block only adds a convolution that encodes positions."""
     return len(branches) == 1 and not branches[0].attention and sum(map(structure.is_linear, branches[0].inner)) == 1
 
 
-def _prefixes(streams: list[list[Block]], structure: Structure) -> Iterator[tuple[str, list[Block]]]:
+def _prefixes(streams: list[list[Block]], structure: ResidualAdds) -> Iterator[tuple[str, list[Block]]]:
     """Yields each stream with the prefix of its site names, such as ``"encoder."``, or none for a single stream."""
     if not streams:
         return
@@ -133,7 +133,7 @@ def _prefixes(streams: list[list[Block]], structure: Structure) -> Iterator[tupl
 # -- names ----------------------------------------------------------------------------------------------------------
 
 
-def _sites_of(block: Block, structure: Structure) -> Iterator[tuple[str, Place]]:
+def _sites_of(block: Block, structure: ResidualAdds) -> Iterator[tuple[str, Place]]:
     branches = [*block.branches, *_rest(block, structure)]
     outer = block.frame or branches[-1]
     yield "resid_pre", (block.frame or branches[0]).stream
@@ -147,7 +147,7 @@ def _sites_of(block: Block, structure: Structure) -> Iterator[tuple[str, Place]]
     yield "resid_post", Buffer(outer.vertex, 0)
 
 
-def _rest(block: Block, structure: Structure) -> Iterator[Branch]:
+def _rest(block: Block, structure: ResidualAdds) -> Iterator[Branch]:
     """Yields the part of an outer branch above the last inner add, if it is an MLP rather than a projection."""
     last = block.branches[-1].vertex
     if block.frame is not None:
@@ -168,7 +168,7 @@ def _numbered(named: Sequence[tuple[str, Place]]) -> Iterator[tuple[str, Place]]
         seen[last] += name == last
 
 
-def _sites_of_branch(branch: Branch, kind: str, structure: Structure) -> Iterator[tuple[str, Place]]:
+def _sites_of_branch(branch: Branch, kind: str, structure: ResidualAdds) -> Iterator[tuple[str, Place]]:
     whole = Edge(branch.vertex, branch.number)
     if not branch.attention:
         yield from _of_neurons(kind, branch.inner, structure)
@@ -190,7 +190,7 @@ def _sites_of_branch(branch: Branch, kind: str, structure: Structure) -> Iterato
         yield f"{kind}_out", place
 
 
-def _parallel(branch: Branch, structure: Structure) -> dict[str, Edge]:
+def _parallel(branch: Branch, structure: ResidualAdds) -> dict[str, Edge]:
     """Returns the edges of attention and MLP if a single branch adds both."""
     for vertex in [branch.vertex, *branch.inner]:
         step, edges = structure.step(vertex), structure.graph.vertices[vertex].edges
@@ -208,14 +208,14 @@ def _parallel(branch: Branch, structure: Structure) -> dict[str, Edge]:
     return {}
 
 
-def _is_attending(vertex: int, branch: Branch, structure: Structure) -> bool:
+def _is_attending(vertex: int, branch: Branch, structure: ResidualAdds) -> bool:
     """Returns True if attention reads the result of a vertex, or the vertex depends on attention weights."""
     scores = [found[0].vertex for call in branch.attention if (found := structure.scores(call, branch.inner))]
     is_read = any(structure.depends(call, vertex) for call in branch.attention)
     return is_read or any(structure.depends(vertex, product) for product in scores)
 
 
-def _without_stream(place: Edge, branch: Branch, structure: Structure) -> Edge:
+def _without_stream(place: Edge, branch: Branch, structure: ResidualAdds) -> Edge:
     """Returns the edge that reads the branch itself, given an edge that reads the sum of branch and stream."""
     while True:
         top = structure.source(structure.graph.buffer(place)).vertex
@@ -226,7 +226,7 @@ def _without_stream(place: Edge, branch: Branch, structure: Structure) -> Edge:
         place = Edge(top, is_stream.index(False))
 
 
-def _of_attention(name: str, vertex: int, branch: Branch, structure: Structure) -> Iterator[tuple[str, Place]]:
+def _of_attention(name: str, vertex: int, branch: Branch, structure: ResidualAdds) -> Iterator[tuple[str, Place]]:
     """Yields the sites of the queries, keys, values and output of an attention call."""
     scores = structure.scores(vertex, branch.inner)
     assert scores is not None
@@ -234,7 +234,7 @@ def _of_attention(name: str, vertex: int, branch: Branch, structure: Structure) 
     yield name, Buffer(vertex, 0)
 
 
-def _of_neurons(kind: str, inner: Sequence[int], structure: Structure) -> Iterator[tuple[str, Place]]:
+def _of_neurons(kind: str, inner: Sequence[int], structure: ResidualAdds) -> Iterator[tuple[str, Place]]:
     """Yields the sites of the tensors read by the last linear layers of a branch, each tensor once."""
     linear = [vertex for vertex in inner if structure.is_linear(vertex)]
     read: dict[Buffer, list[Edge]] = {}
