@@ -17,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from benchmarks.train_demo import reproducible
+from nrm_plugin.dataset.atomic_files import AtomicFile
 from nrm_plugin.demo import photo_network
 
 from . import onnx_weights, packages, photos
@@ -261,9 +262,8 @@ def _stored(name: str, fit: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor
     with locked(file):
         if not file.exists():
             weights = {key: values.contiguous() for key, values in fit().items()}
-            partial = file.with_suffix(".part")
-            save_file(weights, partial)
-            partial.replace(file)
+            with AtomicFile(file) as partial:
+                save_file(weights, partial)
     return load_file(file)
 
 

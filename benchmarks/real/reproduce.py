@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from benchmarks import numbers, outputs
+from nrm_plugin.dataset.atomic_files import write_bytes
 
 from . import packages
 from .parts import Part, command, parts_of, seconds_left, startable
@@ -143,9 +144,7 @@ class Run:
             last = one.log.read_text(errors="replace").replace("\r", "\n").splitlines()[-LOGGED:]
             raise RunError("\n".join([f"{one.part.name} failed; the end of {one.log}:", *last]))
         self.spent[one.part.name] = round(used, 2)
-        partial = self.folder / f"{FINISHED}.part"
-        partial.write_text(json.dumps(self.spent, indent=1))
-        partial.replace(self.folder / FINISHED)
+        write_bytes(self.folder / FINISHED, json.dumps(self.spent, indent=1).encode())
         taken = time.monotonic() - one.began
         say(f"{one.part.name}: finished in {minutes(taken)}, {minutes(used)} of processor time; {self._state()}")
 

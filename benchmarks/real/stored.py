@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from nrm_plugin.dataset.atomic_files import write_bytes
+
 from . import packages
 
 
@@ -57,7 +59,5 @@ def update(file: Path, net: str, found: dict[str, Any], order: Iterable[str], **
         places = {name: place for place, name in enumerate(order)}
         ordered = sorted(nets, key=lambda name: places.get(name, len(places)))
         results |= {"nets": {name: nets[name] for name in ordered}, **others}
-        partial = file.with_suffix(".part")
-        partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        partial.replace(file)
+        write_bytes(file, (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
     return results
