@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import TargetError, brief, samples
 from .autocast import working_dtype
+from .devices import by_sample
 
 MIN_TOTAL = 1e-6
 """Smallest |Σ s|, relative to Σ|s|, for which a start vector can be normalized."""
@@ -98,7 +99,7 @@ def normalized(start: Tensor) -> Tensor:
             "difference of outputs, pass the other output as against=: RelevanceMeasure(model, inputs, target, "
             "against=other)."
         )
-    return start / total.reshape(-1, *(1,) * (start.ndim - 1))
+    return start / by_sample(total, start)
 
 
 class Neurons:
