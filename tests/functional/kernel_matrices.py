@@ -12,7 +12,7 @@ from zennit.core import Composite
 from zennit.rules import Epsilon
 from zennit.types import Linear
 
-from nrm_plugin import Normalized, NRMAbsolute, RelevanceMeasure
+from nrm_plugin import Normalized, NRMAbsolute, RelevanceMeasure, at
 
 TOLERANCE = 1e-10
 FLOOR = 1e-6
@@ -52,7 +52,7 @@ def measure(
 def columns(
     op: Op | nn.Module, inputs: list[Tensor], composite: Composite | None = None, sums: Any = "absolute"
 ) -> list[Tensor]:
-    """``T[j, i]`` for each input; checks that the rest of each column is in the sink."""
+    """``T[j, i]`` for each input; checks the sink of each column, and the transposed kernel on half of each input."""
     mu = measure(op, inputs, composite, sums)
     taps = ["input"] if len(inputs) == 1 else [f"input[{number}]" for number in range(len(inputs))]
     marginals = [mu.marginal(tap).flatten(1) if tap in mu.layers else None for tap in taps]
@@ -63,6 +63,11 @@ def columns(
     total = torch.stack([part.sum(1) for part in parts]).sum(0)
     absorbed = torch.stack(list(mu.sinks().values()) or [torch.zeros(mu.batch).double()]).sum(0)
     assert float((total + absorbed - 1).abs().max()) <= TOLERANCE
+    for tap, part, value in zip(taps, marginals, inputs, strict=True):
+        if part is not None:
+            half = (torch.arange(value.numel()) % 2 == 0).reshape(value.shape)
+            transposed = mu.marginal("output", joint=at(tap)[half]).flatten(1).sum(1)
+            assert float((transposed - part[:, half.flatten()].sum(1)).abs().max()) <= TOLERANCE
     return parts
 
 

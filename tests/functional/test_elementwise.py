@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from zennit.composites import LayerMapComposite
-from zennit.rules import Epsilon
-from zennit.types import Linear
+from zennit.rules import AlphaBeta, Epsilon, Gamma
+from zennit.types import Activation, Linear
 
 from nrm_plugin.functional.elementwise import ACTIVATIONS
 from tests.functional.kernel_matrices import (
@@ -239,3 +239,22 @@ def test_a_rule_for_activations_applies_to_their_functions():
     x = draw(2, 4)
     expected = torch.diag((x > 0).double().flatten())
     torch.testing.assert_close(alone(F.relu, x, rules), expected, atol=1e-6, rtol=0)
+
+
+CURVED = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "silu": nn.SiLU, "leaky_relu": nn.LeakyReLU, "softplus": nn.Softplus}
+
+
+@pytest.mark.parametrize("name", CURVED)
+def test_epsilon_on_an_activation_is_its_slope_times_input_by_what_it_returned(name):
+    x, function = draw(2, 3), getattr(F, name)
+    slopes = torch.func.vmap(torch.func.grad(function))(x.flatten())
+    expected = torch.diag(x.flatten() * slopes / function(x).flatten())
+    rules = LayerMapComposite(layer_map=[(Activation, Epsilon(epsilon=1e-9)), (Linear, Epsilon())])
+    torch.testing.assert_close(columns(function, [x], rules)[0], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("rule", [lambda: Gamma(0.5), lambda: AlphaBeta(2, 1)], ids=["gamma", "alpha beta"])
+@pytest.mark.parametrize("name", CURVED)
+def test_a_rule_for_activations_treats_functions_like_modules(name, rule):
+    rules = LayerMapComposite(layer_map=[(Activation, rule()), (Linear, Epsilon())])
+    check(columns(getattr(F, name), [A], rules), columns(CURVED[name](), [A], rules))

@@ -52,6 +52,19 @@ def test_meta_and_lazy_parameters_raise(measured):
         RelevanceMeasure(lazy, measured.x, 1)
 
 
+@pytest.mark.parametrize("tensor", ["weight", "buffer"])
+def test_a_model_made_in_inference_mode_raises_and_its_copy_is_measured(measured, tensor):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(measured.x[0].numel(), 3)).eval()
+    with torch.inference_mode():
+        if tensor == "weight":
+            model[1].weight = nn.Parameter(model[1].weight.clone())
+        else:
+            model[1].register_buffer("scale", torch.ones(3))
+    with measured.raises(ModelStateError, f"'1.{'weight' if tensor == 'weight' else 'scale'}'", "copy.deepcopy(model)"):
+        RelevanceMeasure(model, measured.x, 1)
+    RelevanceMeasure(copy.deepcopy(model), measured.x, 1).marginal("input")
+
+
 def test_a_model_on_another_device_raises(measured):
     """Without parameters, the device is that of the buffers."""
     model = nn.Sequential(nn.BatchNorm2d(1, affine=False), nn.Flatten()).eval()

@@ -43,7 +43,7 @@ def pooling(call: FunctionCall) -> Kernel:
     rule = Absolute() if _is_sum_of_stack(call) else rule_of_averages(call)
     if mode == "bicubic" and isinstance(rule, Absolute):
         return _absolute_bicubic(call, rule)
-    return call.by_rule(rule)
+    return call.by_rule(rule, is_linear=call.name != "lp_pool2d")
 
 
 def rule_of_averages(call: FunctionCall) -> Hook:

@@ -15,7 +15,7 @@ from ..kernels.forward_state import Saved
 from ..kernels.layer_step import Fuse
 from ..kernels.normalization import Normalization
 from ..kernels.rule_reader import read_rule_at
-from ..model.affine_layers import Weightless
+from ..model.affine_layers import Applied, Weightless
 from ..model.trace_guards import holds
 from .function_kernels import BroadcastKernel, RouteKernel, SingleInputKernel, SplitKernel, total_of
 from .rule_lookup import NoRules, RuleLookup
@@ -164,8 +164,10 @@ class FunctionCall:
 
         return RouteKernel(gradient)
 
-    def by_rule(self, rule: Hook, to: int = 0, run: Callable[[Tensor], Tensor] | None = None) -> Kernel:
-        """Returns the kernel of a Zennit rule for a function that is linear in one input.
+    def by_rule(
+        self, rule: Hook, to: int = 0, run: Callable[[Tensor], Tensor] | None = None, *, is_linear: bool = True
+    ) -> Kernel:
+        """Returns the kernel of a Zennit rule for a function of one input.
 
         The rule treats the function as a layer without weights.
 
@@ -174,13 +176,16 @@ class FunctionCall:
             to: Index of the input that receives relevance. The other inputs are treated as constants.
             run: The function to apply the rule to, as a function of this input alone. Defaults to the intercepted
                 function.
+            is_linear: Whether the function is linear in this input, without a constant. The column sums of a linear
+                function follow from its output, those of any other function from the derivative of the rule.
         """
         values = self.values
 
         def varied(source: Tensor) -> Tensor:
             return self.run(*[source if number == to else value for number, value in enumerate(values)])  # type: ignore[no-any-return]
 
-        kernel = read_rule_at(rule, Weightless(run or varied), values[to], self.path)
+        module = (Weightless if is_linear else Applied)(run or varied)
+        kernel = read_rule_at(rule, module, values[to], self.path)
         return kernel if len(values) == 1 else SingleInputKernel(kernel, to, self.shapes)
 
 

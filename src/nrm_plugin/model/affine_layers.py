@@ -35,11 +35,11 @@ def layer_like(function: str) -> nn.Module:
     return shared_copy(_template(function))
 
 
-class Weightless(nn.Module):
-    """Module that applies a linear function without weights to a tensor.
+class Applied(nn.Module):
+    """Module that applies a function, which need not be linear, to a tensor.
 
     Args:
-        function: Linear function that maps tensors of shape ``(N, *in)`` to ``(N, *out)``.
+        function: Function that maps tensors of shape ``(N, *in)`` to ``(N, *out)``.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -49,6 +49,14 @@ class Weightless(nn.Module):
     def forward(self, source: Tensor) -> Tensor:
         """Applies the function."""
         return self.function(source)
+
+
+class Weightless(Applied):
+    """Module that applies a linear function without weights to a tensor.
+
+    Args:
+        function: Linear function that maps tensors of shape ``(N, *in)`` to ``(N, *out)``.
+    """
 
 
 class Weighted(nn.Module):

@@ -65,6 +65,7 @@ def check_model(model: nn.Module, tensors: Sequence[Tensor]) -> None:
     own = named_tensors(model)
     is_offloaded = any("_hf_hook" in module.__dict__ for module in modules.values())
     for name, parameter in own:
+        _check_mutable(name, parameter)
         if isinstance(parameter, nn.Parameter):
             _check_parameter(name, parameter, is_offloaded)
     floating = [tensor for _, tensor in own if tensor.is_floating_point()]
@@ -214,6 +215,14 @@ def _check_kind(name: str, module: nn.Module) -> None:
         raise ModelStateError(
             f"the forward of {_layer(name, module)} was replaced by torch.compile, which bypasses the hooks of its "
             "layers. Restore it: `del module.forward`."
+        )
+
+
+def _check_mutable(name: str, tensor: Tensor) -> None:
+    if tensor.is_inference():
+        raise ModelStateError(
+            f"the weight or buffer {name!r} was created under torch.inference_mode, so torch neither differentiates it "
+            "nor notices when it changes. Build, load or copy the model outside of it: `copy.deepcopy(model)`."
         )
 
 
