@@ -75,9 +75,6 @@ def test_a_loop_over_more_queries_than_programs_traces_few_again(monkeypatch: py
         mu, recorded = plan(one, 0), RelevanceMeasure(net, one, 0)
         for layer in ("input", "0", "1", "2"):
             torch.testing.assert_close(mu.marginal(layer, "neuron"), recorded.marginal(layer))
-            torch.testing.assert_close(
-                mu.joint("output", layer), recorded.joint("output", layer)
-            ) if layer == "1" else None
         torch.testing.assert_close(mu.walk_variation(), recorded.walk_variation())
         traced.append(len(added))
     assert traced[-1] - traced[0] <= 2
