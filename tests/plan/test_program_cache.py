@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from zennit.composites import EpsilonPlus
 
 from nrm_plugin import Normalized, Plan, RelevanceMeasure
-from nrm_plugin.plan import planned_measure
+from nrm_plugin.plan import planned_measure, program_cache
 from nrm_plugin.plan.program_cache import FAILURES
 
 BRANCHES, WIDTH = 8, 2
@@ -61,3 +61,20 @@ def test_a_shortcut_that_fails_in_one_layer_is_taken_in_the_others() -> None:
         mu.marginal("input")
     disabled = mu._programs.disabled_shortcuts  # type: ignore[attr-defined]
     assert {name for name in disabled if name.startswith("no negative input")} == {"no negative input in parts.3:0"}
+
+
+def test_a_loop_over_more_queries_than_programs_traces_few_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program_cache, "MOST", 2)
+    added: list[object] = []
+    add = program_cache.Programs.add
+    monkeypatch.setattr(program_cache.Programs, "add", lambda *args: added.append(args[1]) or add(*args))
+    net, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).double().eval(), torch.randn(5, 2, 4).double()
+    plan = Plan(net, x[0])
+    traced = []
+    for one in x:
+        mu, recorded = plan(one, 0), RelevanceMeasure(net, one, 0)
+        for layer in ("input", "0", "1", "2"):
+            torch.testing.assert_close(mu.marginal(layer, "neuron"), recorded.marginal(layer))
+        torch.testing.assert_close(mu.walk_variation(), recorded.walk_variation())
+        traced.append(len(added))
+    assert traced[-1] - traced[0] <= 2

@@ -155,11 +155,16 @@ def convergence_delta(measure: RelevanceMeasure, taps: list[Atom]) -> Tensor:
     """Returns the convergence delta of each sample: one minus the sum of the layer's mass, sink and bypass."""
     if len(taps) == 1:
         (tap,) = taps
-        sink = measure.sink(tap)
+        sink = sink_above(measure, taps)
         return 1 - on_device_of(sample_sums(measure.marginal(tap)), sink) - sink - measure.bypass(tap)
     # No walk crosses two tensors of a tuple, so the walks that cross none of them form the complement of the union.
     union = functools.reduce(operator.or_, taps)
     return 1 - sum(measure(tap) for tap in taps) - measure(~union)
+
+
+def sink_above(measure: RelevanceMeasure, taps: list[Atom]) -> Tensor:
+    """Returns the relevance absorbed above any of the taps of a layer, of shape ``(N,)``."""
+    return measure.sink(taps[0]) if len(taps) == 1 else measure.sink_above(taps)
 
 
 def with_optional(attributions: Any, delta: Any | None, sink: Any | None) -> Any:

@@ -22,6 +22,7 @@ from .base import (
     convergence_delta,
     in_unit,
     log_usage,
+    sink_above,
     with_optional,
 )
 from .nrm import NRM
@@ -143,5 +144,5 @@ class LayerNRM(NRM, LayerAttribution):
         if return_convergence_delta:
             delta = in_form([scaled(convergence_delta(measure, group)) for group in taps])
         if return_sink:
-            sink = in_form([scaled(measure.sink_above(group)) for group in taps])
+            sink = in_form([scaled(sink_above(measure, group)) for group in taps])
         return with_optional(attributions, delta, sink)

@@ -33,6 +33,7 @@ from .base import (
     log_usage,
     reference_of,
     rules_for,
+    sink_above,
     unwrapped,
     with_optional,
 )
@@ -284,5 +285,5 @@ class NRM(GradientAttribution):
         attributions = as_given(tuple(in_unit(part, output, request.unit) for part in relevance), was_tuple)
         taps = input_taps(measure)
         delta = in_unit(convergence_delta(measure, taps), output, request.unit) if request.delta else None
-        sink = in_unit(measure.sink_above(taps), output, request.unit) if request.sink else None
+        sink = in_unit(sink_above(measure, taps), output, request.unit) if request.sink else None
         return with_optional(attributions, delta, sink)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ..errors import NullEventError, brief, samples
@@ -44,13 +45,18 @@ def absorbed(totals: Totals, taps: Sequence[Tap], kind: Kind | None = None, abso
     bits = 0
     for tap in taps:
         bits |= 1 << recording.taps.index[tap.place]
-    total = totals.start.new_zeros(recording.samples.count)
+    masses = []
     for (vertex, its_kind), mass in (totals.absolute_sinks if absolute else totals.sinks).items():
         if kind in (None, its_kind) and recording.taps.marks.below_vertex[vertex] & bits:
             if mass is None:  # names are formatted only if needed, since this is slower than the pass
                 raise recording.samples.error(recording.taps.name_at(vertex))
-            total = total + mass
-    return total
+            masses.append(mass)
+    return _sum(totals, masses)
+
+
+def _sum(totals: Totals, masses: list[Tensor]) -> Tensor:
+    """Sums masses of shape ``(N,)`` by one operation, since a plan traces and repeats every operation."""
+    return torch.stack(masses).sum(0) if masses else totals.start.new_zeros(totals.recording.samples.count)
 
 
 def bypassing(totals: Totals, tap: Tap) -> Tensor:
@@ -59,12 +65,12 @@ def bypassing(totals: Totals, tap: Tap) -> Tensor:
     if not is_reached(recording, tap):
         return recording.samples.checked_sums(totals.start, "the output", recording.graph.output)
     bit = 1 << recording.taps.index[tap.place]
-    total = totals.start.new_zeros(recording.samples.count)
+    masses = []
     marks = recording.taps.marks
     for edge, mass in totals.branches.items():
         if marks.below_vertex[edge.vertex] & bit and not marks.below_edge[edge.vertex][edge.number] & bit:
-            total = total + checked(recording, mass, "an edge")
-    return total
+            masses.append(checked(recording, mass, "an edge"))
+    return _sum(totals, masses)
 
 
 def step_sinks(totals: Totals, kind: Kind | None = None) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..model.shapes_without_values import storage_address
 from ..recording.recording import Recording
 from ..recording.taps import Tap
 from .conditions import divided
@@ -21,14 +20,19 @@ def separate_maps(totals: Totals, taps: Sequence[Tap]) -> list[Tensor]:
     The tensors share no memory. In a pass, the taps before and after a step share memory if the step does not change
     the relevance.
     """
-    used = {storage_address(totals.start)}
+    used = {_storage(totals.start)}
     maps = []
     for tap in taps:
         values = totals.relevance(tap)
-        memory = storage_address(values)
+        memory = _storage(values)
         maps.append(copied(values) if memory in used else values)
         used.add(memory)
     return maps
+
+
+def _storage(values: Tensor) -> int:
+    """Returns the identity of a tensor's storage. Reading its address instead would end a lazy copy and change it."""
+    return int(values.untyped_storage()._cdata)
 
 
 def copied(values: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from .flow_graph import TOP, FlowGraph
 from .group_search import K
 from .groups import Over, over_each
 from .layer_groups import Groups
+from .layer_loops import KeptAnswers, Loops
 from .layer_taps import Layer, layer_list, several_layers
 from .memory_budget import check_memory
 from .partitions import Names
@@ -136,6 +137,7 @@ class RelevanceMeasure(Recorded):
         self._start, self._output = start_of(self._recording, target, start, against)
         self._is_difference = against is not None or reference is not None
         self.cost = Cost()
+        self._loops, self._kept = Loops(), KeptAnswers()
 
     @overload
     def marginal(self, layer: Layer, over: Over | None = ..., **of: Unpack[Condition]) -> Tensor: ...

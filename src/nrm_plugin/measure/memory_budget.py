@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
+import torch
 from tqdm import tqdm
 
 from ..errors import InputError, MemoryBudgetWarning, brief, is_out_of_memory, warn
@@ -48,8 +49,13 @@ def width_of(recording: Recording, max_memory: int | None, places: Iterable[Plac
     first, last = (min(vertices), max(vertices)) if vertices else (0, len(recording.graph.vertices))
     between = recording.graph.vertices[first : last + 1]
     largest = max((math.prod(shape) for vertex in between for shape in vertex.shapes), default=1)
-    default = DEFAULT_CPU if recording.output.device.type == "cpu" else DEFAULT
-    return max(1, (max_memory or default) // max(1, COPIES * largest * recording.output.element_size()))
+    budget = budget_of(recording.output.device, max_memory)
+    return max(1, budget // max(1, COPIES * largest * recording.output.element_size()))
+
+
+def budget_of(device: torch.device, max_memory: int | None) -> int:
+    """Returns the memory budget of relevance vectors in bytes: ``max_memory``, or the default of the device."""
+    return max_memory or (DEFAULT_CPU if device.type == "cpu" else DEFAULT)
 
 
 def in_chunks(

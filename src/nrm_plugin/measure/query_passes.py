@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -27,8 +28,10 @@ from .event_masses import EventResult, event_results
 from .finite_results import check_finite
 from .groups import Over, pair_of, summed
 from .joints import joint_matrices
+from .layer_loops import KeptAnswers, Loops, answer
 from .layer_taps import Layer, is_below, tap_of
 from .marginals import event_maps, separate_maps
+from .memory_budget import budget_of
 from .totals import Totals, pass_totals
 
 P = ParamSpec("P")
@@ -43,10 +46,10 @@ def query(method: Callable[P, T]) -> Callable[P, T]:
         args[0]._check_fresh()  # type: ignore[attr-defined]
         one = args[0]._one_query  # type: ignore[attr-defined]
         with one, torch.inference_mode(False), torch.no_grad(), exact():
-            answer = args[0]._answer(method, args[1:], kwargs)  # type: ignore[attr-defined]
+            result = args[0]._answer(method, args[1:], kwargs)  # type: ignore[attr-defined]
             if not is_traced():  # otherwise, the query that is traced checks its own results
-                check_finite(args[0], answer)
-            return answer  # type: ignore[no-any-return]
+                check_finite(args[0], result)
+            return result  # type: ignore[no-any-return]
 
     return wrapped
 
@@ -66,6 +69,8 @@ class QueryPasses:
     _totals_once: Totals | None = None
     _has_sums = True
     _shared: tuple[Totals | None, frozenset[Place]] | None = None
+    _loops: Loops
+    _kept: KeptAnswers
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Raises an error if the measure is copied, pickled, saved with ``torch.save``, or sent to another process.
@@ -85,8 +90,45 @@ class QueryPasses:
         return self._recording.samples.batched
 
     def _answer(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answers a query. In a loop over layers, it is answered for several layers at once."""
+        if self._shared is not None or not self._has_sums:  # such queries share a pass already
+            return method(self, *args, **kwargs)
+        return answer(self, method, args, kwargs)
+
+    def _computed_answer(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls the method of a query. Subclasses may override this."""
         return method(self, *args, **kwargs)
+
+    def _has_program(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Returns True if the query has a compiled program, as it may in a plan."""
+        return False
+
+    def _check_inputs(self) -> None:
+        """Raises an error if a query needs inputs that have been overwritten. A recording needs none."""
+
+    @property
+    def _vector_memory(self) -> int:
+        """Memory budget of relevance vectors in bytes."""
+        return budget_of(self._start.device, self._max_memory)
+
+    @functools.cached_property
+    def _layer_sizes(self) -> dict[str, int]:
+        """Size of the marginal of each layer in bytes, keyed by its name, in execution order."""
+        taps = {name: self._tap(name) for name in self._recording.taps.layers}
+        return {name: math.prod(tap.shape) * self._start.element_size() for name, tap in taps.items()}
+
+    @functools.cached_property
+    def _names_of_places(self) -> dict[Place, list[str]]:
+        names: dict[Place, list[str]] = {}
+        for name in self._layer_sizes:
+            names.setdefault(self._tap(name).place, []).append(name)
+        return names
+
+    def _own_names(self, layer: Layer) -> list[str]:
+        """Returns the names of the tap that a query names as a layer, or none if it is not in the list of layers."""
+        if isinstance(layer, str) and layer in self._layer_sizes:
+            return [layer]
+        return self._names_of_places.get(self._tap(layer).place, [])
 
     def _tap(self, layer: Layer) -> Tap:
         return tap_of(self._recording, layer)
@@ -186,9 +228,13 @@ class QueryPasses:
         check_condition(given, mass[-1], results[-1].variation, min_ratio, self._recording.least)
         return mass[:-1] / mass[-1]
 
-    def _conditionals(self, event: Event, layer: Layer | None) -> dict[str, Tensor]:
-        """Returns ``μ(event given j)`` for one layer, with the key ``""``, or for all layers above the event."""
-        names = {name: name for name in self._recording.taps.layers} if layer is None else {"": layer}
+    def _conditionals(self, event: Event, layer: Layer | None, among: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Returns ``μ(event given j)`` for one layer, with the key ``""``, or for all layers above the event.
+
+        With ``among``, only for those of the given layers that are above the event.
+        """
+        every = self._recording.taps.layers if among is None else among
+        names = {name: name for name in every} if layer is None else {"": layer}
         taps = {name: self._tap(one) for name, one in names.items()}
         check_event(event)
         if self._recording.references > 1:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..composites import Normalized
 from ..errors import StaleMeasureError
 from ..events.event import Atom
+from ..measure.layer_loops import KeptAnswers
 from ..measure.measure import RelevanceMeasure
 from ..measure.memory_budget import DEFAULT
 from ..measure.start import every_one, start_of
@@ -225,6 +226,7 @@ class PlannedMeasure(RelevanceMeasure):
         self._planned = PlannedOutputs(self._forward(), settings.batched, settings.references or 1)
         _, self._output = start_of(self._planned, target, start, against)
         self._is_difference = against is not None or settings.references is not None
+        self._loops, self._kept = programs.loops, KeptAnswers()
 
     # -- the forward pass -----------------------------------------------------------------------------------------
 
@@ -262,11 +264,15 @@ class PlannedMeasure(RelevanceMeasure):
 
     def _answer(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._lock:  # threads share the state of the first stage and the trace
-            return self._answered(method, args, kwargs)
+            return method(self, *args, **kwargs) if self._is_answering else super()._answer(method, args, kwargs)
 
-    def _answered(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._is_answering:
-            return method(self, *args, **kwargs)
+    def _has_program(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        try:
+            return self._programs.find((method.__name__, frozen(args), frozen(kwargs)), is_used=False) is not None
+        except TypeError:
+            return False
+
+    def _computed_answer(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             key: Key = (method.__name__, frozen(args), frozen(kwargs))
         except TypeError:
@@ -324,6 +330,7 @@ class PlannedMeasure(RelevanceMeasure):
         if recorded.tracer is not None and recorded.queries is not None:
             self._programs.add(key, recorded.queries, answer, self.cost)
             del recorded.tracer.trace.reasons_not_replayable[before:]
+        _ = self._layer_sizes  # known from now on, so that no later measure is recorded for them
         return answer
 
     def _computed(self, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -349,6 +356,13 @@ class PlannedMeasure(RelevanceMeasure):
     @property
     def layers(self) -> list[str]:
         return list(self._known("layers"))
+
+    @property
+    def _layer_sizes(self) -> dict[str, int]:
+        return dict(self._known("_layer_sizes"))
+
+    def _own_names(self, layer: Any) -> list[str]:
+        return list(self._known("_own_names", layer))
 
     @property
     def parts(self) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from ..measure.layer_loops import Loops
 from ..model.trace_guards import kind_of
 from ..recording.propagation import Cost
 from .program import ChangedValueError, Program
@@ -21,6 +22,10 @@ Key = tuple[Hashable, ...]
 """Key of a query: method name and arguments."""
 MOST = 32
 """Maximum number of programs for calls of one form."""
+AGAIN = 8
+"""Number of times that a query is recorded after its program was dropped, before it is traced again.
+
+Otherwise, a loop over more queries than there are programs would trace each of them for every input."""
 FAILURES = 3
 """Number of failed replays after which a failing shortcut is disabled in all layers.
 
@@ -88,6 +93,7 @@ class Programs:
         latest: The most recently used program, which the next measure is expected to use.
         asks_again: Whether a measure has received more than one query. The tensors of the first stage (the forward
             pass) are then kept for further queries.
+        loops: Counts of the layers of which all measures have been asked a query.
     """
 
     def __init__(self) -> None:
@@ -97,18 +103,25 @@ class Programs:
         self.recordings = 0
         self.latest: Program | None = None
         self.asks_again = False
+        self.loops = Loops()
         self.lock = threading.RLock()
         self._programs: OrderedDict[Key, QueryProgram] = OrderedDict()
         self._seen: set[Key] = set()
         self._recorded: dict[Key, str] = {}
+        self._dropped: dict[Key, int] = {}
         self._failures = 0
         self._rejected: Counter[str] = Counter()
 
-    def find(self, key: Key) -> QueryProgram | None:
-        """Returns the program of a query, or None if there is none."""
+    def find(self, key: Key, is_used: bool = True) -> QueryProgram | None:
+        """Returns the program of a query, or None if there is none.
+
+        Args:
+            key: Key of the query.
+            is_used: Whether the program is going to run.
+        """
         with self.lock:
             query = self._programs.get(key)
-            if query is not None:
+            if query is not None and is_used:
                 self._programs.move_to_end(key)
                 self.latest = query.program
             return query
@@ -118,7 +131,11 @@ class Programs:
         with self.lock:
             worth = (is_certain or key in self._seen) and key not in self._recorded
             self._seen.add(key)
-            return worth and not self.reason_not_replayable
+            if key in self._dropped:
+                self._dropped[key] -= 1
+                if self._dropped[key] < 0:
+                    del self._dropped[key]
+            return worth and key not in self._dropped and not self.reason_not_replayable
 
     def add(
         self,
@@ -147,7 +164,8 @@ class Programs:
             self.asks_again = self.asks_again or len(traced.queries) > 1
             self._programs[key], self.latest = query, program
             while len(self._programs) > MOST:
-                self._programs.popitem(last=False)
+                dropped, _ = self._programs.popitem(last=False)
+                self._dropped[dropped] = AGAIN
 
     def reject(self, error: ChangedValueError) -> None:
         """Discards all programs. Called if a value on which they depend has changed."""
@@ -161,6 +179,7 @@ class Programs:
             if self._failures >= FAILURES:
                 self.reason_not_replayable = f"the model or a rule reads values: {error.reads[0]}"
             self._programs.clear()
+            self._dropped.clear()
             self.latest = None
 
     def constants(self) -> list[Tensor]:
