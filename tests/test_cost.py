@@ -7,8 +7,10 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from zennit.composites import EpsilonPlusFlat
 
-from nrm_plugin import ABSORBED, RelevanceMeasure, at
+from nrm_plugin import ABSORBED, NRMDefault, RelevanceMeasure, at
 from nrm_plugin.functional.interception_mode import InterceptionMode
 from nrm_plugin.functional.registry import name_of
 from nrm_plugin.kernels import forward_state
@@ -248,3 +250,33 @@ def test_a_kernel_and_its_columns_are_computed_in_one_visit_of_a_step(monkeypatc
     monkeypatch.setattr(forward_state.not_recorded, "__enter__", lambda self: entered.append(1) or own(self))
     mu.marginal(mu.layers)
     assert len(entered) == ONE_PASS
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that torch executes."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("composite", "most"), [(NRMDefault, 90), (EpsilonPlusFlat, 100)])
+def test_a_small_convolution_takes_few_operations(composite, most):
+    """Operations cost more than their arithmetic in small layers, and their number does not depend on the machine."""
+
+    def operations(blocks):
+        torch.manual_seed(0)
+        layers = [(nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3), nn.Hardswish()) for _ in range(blocks)]
+        net = nn.Sequential(*(layer for block in layers for layer in block), nn.Flatten(), nn.Linear(48, 3)).eval()
+        x = torch.randn(1, 3, 4, 4)
+        for _ in range(2):  # checks of rules and weights are made once
+            with Operations() as counted:
+                mu = RelevanceMeasure(net, x, 1, composite=composite())
+                mu.marginal(mu.layers)
+        return counted.count
+
+    assert operations(6) - operations(5) <= most

@@ -15,8 +15,9 @@ from zennit.rules import ClampMod, Epsilon, ZPlus
 
 from nrm_plugin import Absolute, ConservingEpsilon
 from nrm_plugin.kernels import rule_branch_reader
+from nrm_plugin.kernels.form import Form
 from nrm_plugin.kernels.forward_state import Saved
-from nrm_plugin.kernels.layer_call import LayerCall, forward, shape_like
+from nrm_plugin.kernels.layer_call import LayerCall, forward
 from nrm_plugin.kernels.normalization import Normalization
 from nrm_plugin.kernels.recognized_rules import form_of
 from nrm_plugin.kernels.rule_branch_kernel import BranchKernel
@@ -129,7 +130,7 @@ def test_both_readers_agree(name: str, normalization: Normalization | None, monk
 
 def _call(rule: BasicHook, module: nn.Module, x: Tensor) -> LayerCall:
     output = module(x)
-    return LayerCall(rule, module, forward, Saved(x, values=False), shape_like(output), "layer", Saved(output))
+    return LayerCall(rule, module, forward, Saved(x, values=False), Form(output), "layer", Saved(output))
 
 
 def test_a_rule_changed_by_its_user_has_no_form() -> None:

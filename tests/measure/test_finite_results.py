@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nrm_plugin import JointNRM, LayerNRM, NRMAttributor, Plan, RelevanceMeasure, at, top_walks
 from nrm_plugin.errors import NonFiniteError
-from nrm_plugin.model.inputs_and_outputs import is_finite
+from nrm_plugin.model.inputs_and_outputs import are_finite, is_finite
 
 X = torch.tensor([[0.5, -1.0, 2.0, 0.3], [1.5, 0.2, -0.4, -0.7]]).double()
 X0 = torch.tensor([[0.1, 0.4, -0.2, 0.6]]).double()
@@ -163,3 +163,14 @@ def test_large_results_are_finite():
     assert not is_finite(torch.tensor([1.0, math.nan]))
     assert is_finite(torch.zeros(0))
     assert is_finite(torch.ones(2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("at_last", [False, True])
+def test_one_entry_that_is_not_finite_is_found_among_several_tensors(bad, at_last):
+    finite = [torch.ones(2, 3), torch.full((4,), 3e38), torch.zeros(0), torch.ones(2).double(), torch.tensor([1, 2])]
+    assert are_finite(finite)  # although the sum of the second tensor overflows
+    assert are_finite([])
+    wrong = torch.ones(2, 2, dtype=torch.double if at_last else torch.float)
+    wrong[1, 0] = bad
+    assert not are_finite([*finite, wrong] if at_last else [wrong, *finite])

@@ -91,3 +91,18 @@ def test_a_place_is_a_key_and_buffers_are_crossed_before_the_edges_below_them():
         Edge(1, 0),
     ]
     assert len({Buffer(0, 1), Buffer(0, 1), Edge(0, 1), Sink(0), Sink(0)}) == 3
+
+
+def test_a_view_in_the_same_shape_passes_the_relevance_itself():
+    x = leaf(1.0, 2.0)
+    viewed, other = x.view_as(x), x.view(2, 1)
+    graph = Graph(torch.cat([viewed, other.flatten()]), [x])
+    row = torch.tensor([[3.0, -1.0]]).double()
+    same = graph.vertices[vertex_of(graph, viewed)]
+    given = [row[0]]
+    assert same.is_identity
+    assert same.route(given)[0] is given[0]
+    assert same.pull([row])[0][0] is row
+    reshaped = graph.vertices[vertex_of(graph, other)]
+    assert not reshaped.is_identity
+    assert reshaped.route([row[0].view(2, 1)])[0].shape == (2,)

@@ -102,10 +102,10 @@ def _affine(step: LayerStep) -> tuple[Tensor, Tensor] | None:
     if norm is None or norm.running_mean is None or norm.running_var is None:
         return None
     scale = torch.rsqrt(norm.running_var + norm.eps)
-    if norm.affine:
-        scale = scale * norm.weight.detach()
-    shift = -norm.running_mean * scale
-    return scale, shift if not norm.affine else shift + norm.bias.detach()
+    if not norm.affine:
+        return scale, -norm.running_mean * scale
+    scale = scale * norm.weight.detach()
+    return scale, torch.addcmul(norm.bias.detach(), norm.running_mean, scale, value=-1)
 
 
 def _is_weighted(step: LayerStep) -> bool:

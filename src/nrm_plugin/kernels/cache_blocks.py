@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from ..model.trace_guards import is_traced
 
 Block = tuple[slice, ...]
+WHOLE: Block = ()
+"""The block that covers an entire tensor."""
 
 
 def blocks(like: Tensor, size: int = 1 << 16) -> Iterator[Block]:
     """Splits a tensor of shape ``(N, C, …)`` along its first two dimensions into blocks of about ``size`` elements."""
     if like.numel() <= size or like.ndim < 2 or is_traced():
-        yield whole(like)
+        yield WHOLE
         return
     width = max(1, size // max(1, like[0, 0].numel()))
     step = max(1, width // like.shape[1])
@@ -25,9 +28,11 @@ def blocks(like: Tensor, size: int = 1 << 16) -> Iterator[Block]:
 
 def blocks_for(like: Tensor) -> Iterator[Block]:
     """Splits a tensor for elementwise operations: into :func:`blocks` on a CPU, or not at all on other devices."""
-    return blocks(like) if like.device.type == "cpu" else iter([whole(like)])
+    return blocks(like) if like.device.type == "cpu" else iter([WHOLE])
 
 
-def whole(like: Tensor) -> Block:
-    """Returns the block that covers the entire tensor."""
-    return tuple(slice(None) for _ in like.shape)
+def block_of(tensor: Tensor, at: Block, shape: torch.Size | None = None) -> Tensor:
+    """Returns one block of a tensor that broadcasts to ``shape``, or the tensor itself for the whole block."""
+    if at == WHOLE:
+        return tensor
+    return (tensor if shape is None else tensor.expand(shape))[at]

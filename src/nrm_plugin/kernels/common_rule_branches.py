@@ -20,7 +20,7 @@ from ..model.linear_maps import LinearMap, explicit_maps, window_maps
 from ..model.shapes_without_values import data_address
 from ..model.trace_guards import holds, without_modes
 from ..rules import ConservingEpsilon, mean_sizes
-from .cache_blocks import Block, blocks_for
+from .cache_blocks import Block, block_of, blocks_for
 from .known_gradient_mappers import inverse_by
 from .layer_call import LayerCall
 from .modified_layers import is_by_blocks
@@ -49,12 +49,12 @@ def closed_branches(
         The branches and the columns of the kernel, or None for other rules and layers.
     """
     form = form_of(rule)
-    weight = call.module._parameters.get("weight")
+    weight = call.weight
     if form is None or weight is None or call.precision is not None or call.input.dtype not in _FORMATS:
         return None
     if any(is_by_blocks(call, ParamMod.ensure(modify)) for modify in rule.param_modifiers):
         return None
-    reader = _Reader(call, rule, form, weight.detach(), ColumnWriter(call.like, normalization), normalization)
+    reader = _Reader(call, rule, form, weight, ColumnWriter(call.form, normalization), normalization)
     with torch.no_grad(), without_modes():
         return reader.conserving() if isinstance(rule, ConservingEpsilon) else reader.single()
 
@@ -112,15 +112,21 @@ class _Reader:
         bias = self._bias()
         memory = total if first is None else first.memory()
         write = self._signed if isinstance(self.rule, Epsilon) else self._positive
-        for at in blocks_for(self.call.like):
-            write(at, total[at], None if bias is None else bias[at], memory[at])
+        for at in blocks_for(total):
+            added = None if bias is None else block_of(bias, at, total.shape)
+            write(at, block_of(total, at), added, block_of(memory, at))
         pairs = zip(parts, self.rule.input_modifiers, strict=False)
         return [
-            self._branch(part.source, memory, part.linear_map, part.weight, modify) for part, modify in pairs
+            self._branch(part.source, memory, part.linear_map, _constant(part.weight), modify) for part, modify in pairs
         ], self.writer.columns()
 
     def _branch(
-        self, source: Tensor, factor: Tensor, linear_map: LinearMap, weight: Tensor, modify: Callable[[Tensor], Tensor]
+        self,
+        source: Tensor,
+        factor: Tensor,
+        linear_map: LinearMap,
+        weight: Callable[[], Tensor],
+        modify: Callable[[Tensor], Tensor],
     ) -> Branch:
         """Returns a branch that stores its modified input if it is small and recomputes it on demand otherwise."""
         is_kept = source is self.call.input or source.numel() <= KEPT
@@ -129,7 +135,7 @@ class _Reader:
             factor,
             1.0,
             linear_map,
-            lambda: weight,
+            weight,
             None if is_kept else lambda values: modify(values).detach(),
         )
 
@@ -151,8 +157,7 @@ class _Reader:
 
         In the latter case, the output of the layer is already known.
         """
-        source = modify(self.call.input)
-        return source if source is self.call.input else source.detach()
+        return modify(self.call.input)
 
     def _linear_part(self, source: Tensor, weight: Tensor) -> _LinearPart | None:
         linear_map = explicit_maps(twin_of(self.call.module), weight, source)
@@ -166,9 +171,9 @@ class _Reader:
         return _LinearPart(linear_map.up(source.unsqueeze(0)).squeeze(0), source, weight, linear_map)
 
     def _bias(self) -> Tensor | None:
-        """Returns the modified bias, expanded to the shape of the output, or None if it is zero."""
+        """Returns the modified bias, in a shape that broadcasts against the output, or None if it is zero."""
         bias = modified_bias(self.rule.param_modifiers[0], self.call.module._parameters.get("bias"))
-        return None if bias is None else broadcast(bias, self.call.module, self.call.like).expand(self.call.like.shape)
+        return None if bias is None else broadcast(bias, self.call.module, len(self.call.form.shape))
 
     def _positive(self, at: Block, part: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """Computes the factors of a block in which both the output and the bias are nonnegative."""
@@ -195,19 +200,19 @@ class _Reader:
         part = None if windows is None else self._linear_part(same, self.weight)
         if windows is None or part is None:
             return None
-        like = self.call.like
+        shape = self.call.form.shape
         sums = windows.up(size.unsqueeze(0)).squeeze(0)
-        inverse = sums.clamp(min=torch.finfo(sums.dtype).tiny).reciprocal_().expand(like.shape)
-        means = broadcast(mean_sizes(self.weight) * self.form.share, self.call.module, like).expand(like.shape)
-        sums = sums.expand(like.shape)
+        inverse = sums.clamp(min=torch.finfo(sums.dtype).tiny).reciprocal_()
+        means = broadcast(mean_sizes(self.weight).mul_(self.form.share), self.call.module, len(shape))
         factor, other = part.memory(), torch.empty_like(part.values)
-        for at in blocks_for(like):
-            self._conserve(at, part.values[at], sums[at] * means[at], inverse[at], (factor[at], other[at]))
-        ones = self.weight.new_ones(()).expand(self.weight.shape)
+        for at in blocks_for(factor):
+            values, out = block_of(part.values, at), (block_of(factor, at), block_of(other, at))
+            least = block_of(sums, at, shape) * block_of(means, at, shape)
+            self._conserve(at, values, least, block_of(inverse, at, shape), out)
         first, second = self.rule.input_modifiers
         return [
-            self._branch(same, factor, part.linear_map, self.weight, first),
-            self._branch(size, other, windows, ones, second),
+            self._branch(same, factor, part.linear_map, _constant(self.weight), first),
+            self._branch(size, other, windows, _ones_like(self.weight), second),
         ], self.writer.columns()
 
     def _conserve(self, at: Block, part: Tensor, least: Tensor, inverse: Tensor, out: tuple[Tensor, Tensor]) -> None:
@@ -225,3 +230,11 @@ class _Reader:
             scaled = scaled if gain is None else scaled.mul_(gain)
         torch.sign(part, out=out[0]).mul_(scaled)
         torch.mul(taken.mul_(scaled), inverse, out=out[1])
+
+
+def _constant(weight: Tensor) -> Callable[[], Tensor]:
+    return lambda: weight
+
+
+def _ones_like(weight: Tensor) -> Callable[[], Tensor]:
+    return lambda: weight.new_ones(()).expand(weight.shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -31,6 +31,16 @@ class Saved:
         self.tensor = tensor.detach()
         if values:
             _protect(tensor, self)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the tensor."""
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the tensor."""
+        return self.tensor.dtype
 
 
 def _protect(tensor: Tensor, holder: Saved | Tensor) -> None:
@@ -202,7 +212,7 @@ def without_torch_function(hook: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(hook)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if any(map(_is_subclass, args)):
+        if _has_subclass(args):
             return hook(*args, **kwargs)
         with torch._C.DisableTorchFunction():
             return hook(*args, **kwargs)
@@ -210,13 +220,18 @@ def without_torch_function(hook: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def _is_subclass(value: Any) -> bool:
-    kind = type(value)
-    if kind in PLAIN or kind is nn.Parameter:
-        return False
-    if kind is dict or kind is tuple or kind is list:
-        return any(map(_is_subclass, value.values() if kind is dict else value))
-    return isinstance(value, Tensor)
+def _has_subclass(values: Iterable[Any]) -> bool:
+    """Returns True if an instance of a tensor subclass is among the values or in a list, tuple or dictionary."""
+    for value in values:
+        kind = type(value)
+        if kind in PLAIN or kind is nn.Parameter:
+            continue
+        if kind is dict or kind is tuple or kind is list:
+            if value and _has_subclass(value.values() if kind is dict else value):
+                return True
+        elif isinstance(value, Tensor):
+            return True
+    return False
 
 
 def is_transformed() -> bool:

@@ -13,7 +13,7 @@ LINEAR_RULES = (AlphaBeta, Epsilon, Flat, Gamma, Norm, Pass, WSquare, ZBox, ZPlu
 
 def is_by_modifiers(hook: Hook) -> TypeGuard[BasicHook]:
     """Returns True if a rule is defined entirely by the modifiers of Zennit's ``BasicHook``."""
-    return isinstance(hook, BasicHook) and not overrides(hook, "backward", BasicHook)
+    return isinstance(hook, BasicHook) and type(hook).backward is BasicHook.backward
 
 
 def is_known_linear(hook: Hook) -> bool:
@@ -24,8 +24,3 @@ def is_known_linear(hook: Hook) -> bool:
 def own_copy(hook: Hook) -> Hook:
     """Returns the rule itself if it is known to be stateless, and otherwise a copy of it for one call."""
     return hook if is_known_linear(hook) else hook.copy()
-
-
-def overrides(hook: Hook, method: str, base: type = Hook) -> bool:
-    """Returns True if a rule overrides a method of a base class."""
-    return getattr(type(hook), method) is not getattr(base, method)

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from zennit.core import Hook
 from zennit.rules import Epsilon, Gamma
 
-from ..model.autocast import current, working_dtype
-from ..model.shapes_without_values import PLAIN
-from ..model.trace_guards import untraced
+from ..model.autocast import current
 from ..rules import Absolute, ConservingEpsilon, Relative
+from .form import Form
 from .forward_state import Saved
 from .known_rules import LINEAR_RULES
 
@@ -43,8 +42,8 @@ class LayerCall:
         rule: The rule applied to the layer.
         module: A copy of the layer, which may be modified.
         run: Function that runs a module on a given first input.
-        saved_input: The first input, of shape ``(N, *in)``.
-        like: An expanded scalar of the same shape as the output, ``(N, *out)``.
+        saved_input: The first input, of shape ``(N, *in)``, or its form if the rule reads no values.
+        form: The form of the output, ``(N, *out)``.
         name: Layer name, for error messages.
         saved_output: The output, or None if the rule does not read it or fusion has changed the layer.
         image: The linear part of the output (without bias), if the hook recorded it.
@@ -54,8 +53,8 @@ class LayerCall:
     rule: Hook
     module: nn.Module
     run: Run
-    saved_input: Saved
-    like: Tensor
+    saved_input: Saved | Form
+    form: Form
     name: str
     saved_output: Saved | None = None
     image: Image | None = None
@@ -67,7 +66,7 @@ class LayerCall:
         rule: Hook,
         module: nn.Module,
         run: Run,
-        saved_input: Saved,
+        saved_input: Saved | Form,
         output: Tensor,
         name: str,
         image: Image | None = None,
@@ -75,13 +74,24 @@ class LayerCall:
         """Creates the record of a call, saving only the tensors that the rule reads."""
         saved_output = Saved(output) if _reads_output(rule) else None
         # The output itself is linked to a step, so storing it would create a reference cycle.
-        like = shape_like(output)
-        return cls(rule, module, run, saved_input, like, name, saved_output, image, current(output.device))
+        form = Form(output)
+        return cls(rule, module, run, saved_input, form, name, saved_output, image, current(output.device))
 
     @property
     def input(self) -> Tensor:
         """The first input, of shape ``(N, *in)``."""
         return self.saved_input.tensor
+
+    @property
+    def like(self) -> Tensor:
+        """An expanded scalar of the same shape as the output, ``(N, *out)``."""
+        return self.form.tensor
+
+    @functools.cached_property
+    def weight(self) -> Tensor | None:
+        """The weight of the layer, or None for a module without weights."""
+        weight = self.module._parameters.get("weight")
+        return None if weight is None else weight.detach()
 
     @property
     def output(self) -> Tensor:
@@ -112,17 +122,6 @@ def forward(module: nn.Module, source: Tensor) -> Tensor:
 
 def without_values(call: LayerCall) -> LayerCall:
     """Returns a copy of the record that keeps only the shapes of its tensors."""
-    return replace(call, saved_input=Saved(shape_like(call.input), values=False), saved_output=None, run=forward)
-
-
-def shape_like(tensor: Tensor) -> Tensor:
-    """Returns an expanded scalar with the shape and device of ``tensor`` and the dtype of its relevance."""
-    if type(tensor) in PLAIN:
-        return _entry(working_dtype(tensor.dtype), tensor.device).expand(tensor.shape)
-    return tensor.new_empty((), dtype=working_dtype(tensor.dtype)).expand(tensor.shape)
-
-
-@functools.cache
-def _entry(dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False), untraced():
-        return torch.zeros((), dtype=dtype, device=device)
+    saved = call.saved_input
+    form = saved if isinstance(saved, Form) else Form(saved.tensor)
+    return replace(call, saved_input=form, saved_output=None, image=None, run=forward)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zennit.rules import Pass
 
 from ..errors import BatchNormWarning, warn
-from ..model.autocast import is_short
+from ..model.autocast import is_short_format
 from ..model.quantized import dequantized, is_quantized
 from .base import IdentityKernel, Kernel
 from .forward_state import Saved
@@ -49,7 +49,7 @@ class LayerStep(Step):
     ) -> None:
         super().__init__(name or layer_call.name, output, normalization, rule or type(layer_call.rule).__name__)
         self.layer_call = layer_call
-        self.is_short = self.is_short or is_short(layer_call.input)
+        self.is_short = self.is_short or is_short_format(layer_call.saved_input.dtype)
         self.folds: list[Callable[[], None]] = []
         self.norms: list[LayerStep] = []
         self.layer_below: LayerStep | None = None
@@ -59,7 +59,7 @@ class LayerStep(Step):
     def empty(self) -> None:
         """Frees all tensors of the step, keeping only its structure."""
         super().empty()
-        self.layer_call = replace(without_values(self.layer_call), image=None)
+        self.layer_call = without_values(self.layer_call)
 
     def fold(self) -> None:
         """Applies all deferred batch-norm fusions. The recorded call is final afterwards."""
@@ -70,7 +70,9 @@ class LayerStep(Step):
 
     def _build(self) -> Kernel:
         self.fold()
-        call, self.layer_call = self.layer_call, replace(self.layer_call, image=None)  # the image is used only once
+        call = self.layer_call
+        if call.image is not None:
+            self.layer_call = replace(call, image=None)  # the image is used only once
         # The column sums of a linear layer fused with batch normalization are checked, so the kernel must provide them.
         kernel = read_rule(call, None if self.has_dense_norm else self.normalization)
         if isinstance(kernel, IdentityKernel) and (self.is_identity or not self.feeds_fold):

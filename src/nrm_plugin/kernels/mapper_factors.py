@@ -10,7 +10,7 @@ from torch import Tensor
 from zennit.core import BasicHook
 
 from ..model.trace_guards import audit
-from .cache_blocks import Block, blocks
+from .cache_blocks import Block, block_of, blocks
 from .known_rules import is_known_linear
 
 Factors = Callable[[list[Tensor], tuple[int, ...]], dict[int, Tensor]]
@@ -44,8 +44,9 @@ def applied_mapper(rule: BasicHook, outputs: Callable[[Block], list[Tensor]], li
         The mapper, or None if the rule's gradient mapper is not an elementwise product.
     """
     first = next(iter(blocks(like)))
-    factors = mapped(rule, torch.ones_like(like[first]), outputs(first))
-    if any(factor.shape != like[first].shape for factor in factors):
+    ones = torch.ones_like(block_of(like, first))
+    factors = mapped(rule, ones, outputs(first))
+    if any(factor.shape != ones.shape for factor in factors):
         return None
     corner = tuple(slice(0, 1 if dim < 2 < like.ndim else 4) for dim in range(like.ndim))
     at_corner = outputs(corner)

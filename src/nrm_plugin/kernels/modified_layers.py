@@ -17,7 +17,7 @@ from ..model.linear_maps import LinearMap, blocked_maps, explicit_maps, recorded
 from ..model.shallow_copies import shared_copy
 from ..model.shapes_without_values import data_address
 from ..rules import EvenMod
-from .cache_blocks import Block
+from .cache_blocks import Block, block_of
 from .known_rules import is_known_linear
 from .layer_call import LayerCall, Run
 from .modifier_probes import is_zero
@@ -47,10 +47,10 @@ class ModifiedLayer:
 
     def output(self, at: Block, shape: torch.Size) -> Tensor:
         """Returns one block of the output with bias. The whole output has shape ``shape``."""
-        part = self.linear_part.expand(shape)[at]
+        part = block_of(self.linear_part.expand(shape), at)
         if self.bias is None:
             return part
-        bias = self.bias.expand(shape)[at]
+        bias = block_of(self.bias.expand(shape), at)
         return part + bias if self.linear_part.ndim or bool(self.linear_part) else bias
 
     def memory(self, like: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def _modified(call: LayerCall, modified: nn.Module, source: Tensor, sign: float)
     is_unmodified = source is call.input and _share_memory(modified._parameters, call.module._parameters)
     if sign == 0 and call.is_output_known and is_unmodified:
         return ModifiedLayer(call.output)
-    added = None if bias is None else broadcast(bias.detach(), modified, call.like)
+    added = None if bias is None else broadcast(bias.detach(), modified, len(call.form.shape))
     if added is not None and added.device.type == "cpu" and not bool(added.any()):
         added = None
     if is_zero(source):

@@ -24,6 +24,7 @@ from ..model.quantized import is_quantized
 from ..model.renormalization import check_unused
 from ..model.shallow_copies import shared_copy
 from ..model.shapes_without_values import data_address
+from .form import Form
 from .forward_state import (
     RUNNING,
     RunningModule,
@@ -69,7 +70,7 @@ class OpenCall:
     source: Tensor
     passed: Tensor
     version: int
-    saved_input: Saved
+    saved_input: Saved | Form
     run: Run
     run_again: Callable[[], Any]
     mode: Mode | None = None
@@ -197,7 +198,7 @@ class StepHook(Hook):
             source,
             passed[key],
             passed[key]._version,
-            Saved(source, values=needs_values),
+            Saved(source) if needs_values else Form(source),
             run,
             functools.partial(module.forward, *args, **kwargs),
             None if in_place else mode_for(module, self.rule),
@@ -242,7 +243,7 @@ class StepHook(Hook):
 
     @without_torch_function
     def _step(self, call: OpenCall, shell: nn.Module, run: Run, output: Tensor) -> LayerStep:
-        output, image = output.detach(), seen_image(call.mode, self.rule)
+        image = seen_image(call.mode, self.rule)
         layer_call = LayerCall.of(own_copy(self.rule), shell, run, call.saved_input, output, self.name, image)
         return LayerStep(layer_call, output, self.normalization)
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..errors import brief
 from ..model.trace_guards import holds
-from .cache_blocks import Block, blocks
+from .cache_blocks import WHOLE, Block, blocks
+from .form import Form
 
 Residual = Literal["redistribute", "sink"]
 RESIDUALS: tuple[Residual, ...] = ("redistribute", "sink")
@@ -138,6 +139,8 @@ class Normalization:
             return self.scaling(column_sum)
         factor, share = None, None
         for at in blocks(column_sum):
+            if at == WHOLE:
+                return self.scaling(column_sum)
             part = self.scaling(column_sum[at])
             if part.gain is not None:
                 factor = torch.empty_like(column_sum) if factor is None else factor
@@ -200,12 +203,12 @@ class ColumnWriter:
     """Accumulates the column sums of a kernel block by block and computes the gain of each block.
 
     Args:
-        like: A tensor with the shape of the output.
+        form: The form of the output.
         normalization: The normalization of the kernel, or None to leave the kernel unnormalized.
     """
 
-    def __init__(self, like: Tensor, normalization: Normalization | None) -> None:
-        self._like, self._normalization = like, normalization
+    def __init__(self, form: Form, normalization: Normalization | None) -> None:
+        self._form, self._normalization = form, normalization
         self._values: Tensor | None = None
 
     def gain(self, at: Block, column_sum: Tensor | None) -> Tensor | None:
@@ -226,15 +229,15 @@ class ColumnWriter:
         return scaling.gain
 
     def _write(self, at: Block, values: Tensor | float) -> None:
-        if isinstance(values, Tensor) and values.shape == self._like.shape:
+        if isinstance(values, Tensor) and values.shape == self._form.shape:
             self._values = values
             return
         if self._values is None:
-            self._values = torch.zeros_like(self._like)
+            self._values = torch.zeros_like(self._form.tensor)
         self._values[at] = values
 
     def columns(self) -> ColumnSums | Deficit:
         """Returns the accumulated columns of all blocks."""
         if self._normalization is not None:
             return Deficit(self._values)
-        return ColumnSums(torch.zeros_like(self._like) if self._values is None else self._values)
+        return ColumnSums(torch.zeros_like(self._form.tensor) if self._values is None else self._values)

@@ -11,7 +11,7 @@ from zennit.core import BasicHook, ParamMod
 from zennit.rules import Gamma
 
 from ..model.affine_layers import WEIGHTED, is_affine
-from .cache_blocks import Block, blocks_for, whole
+from .cache_blocks import WHOLE, Block, block_of, blocks_for
 from .common_rule_branches import closed_branches
 from .known_gradient_mappers import closed_mapper
 from .layer_call import LayerCall
@@ -56,13 +56,11 @@ def branch_kernel(call: LayerCall, rule: BasicHook, normalization: Normalization
 
 
 def _weighted_layer(call: LayerCall) -> WeightedLayer | None:
-    module = call.module
-    if not isinstance(module, WEIGHTED):
+    module, weight = call.module, call.weight
+    if weight is None or not isinstance(module, WEIGHTED):
         return None
-    weight = module._parameters["weight"]
-    assert weight is not None
     return WeightedLayer(
-        weight.detach(),
+        weight,
         rerun_without_bias(module, call.run),
         is_injective=getattr(module, "padding_mode", "zeros") == "zeros",
         groups=int(getattr(module, "groups", 1)),
@@ -149,18 +147,20 @@ class _BranchReader:
         output = self.call.output
         distinct = tuple(dict.fromkeys(leaders.values()))
         wanted = tuple(mapper.leaders[k] for k in distinct)
-        for at in blocks_for(output) if mapper.is_local else [whole(output)]:
+        for at in blocks_for(output) if mapper.is_local else [WHOLE]:
             mapped = mapper.factors(outputs(at), wanted)
             factors = {k: torch.nan_to_num(mapped[mapper.leaders[k]], 0, 0, 0) for k in distinct}
-            terms = [(factors[leader], layers[k].linear_part[at], self.signs[k]) for k, leader in leaders.items()]
-            yield _ColumnBlock(at, factors, _signed_sum(terms, output[at]))
+            terms = [
+                (factors[leader], block_of(layers[k].linear_part, at), self.signs[k]) for k, leader in leaders.items()
+            ]
+            yield _ColumnBlock(at, factors, _signed_sum(terms, block_of(output, at)))
 
     def _write(self, factors: dict[int, Tensor], read: Iterator[_ColumnBlock]) -> Columns:
         """Stores the factors, multiplied by the gain if the kernel is normalized. Returns the columns.
 
         Factors reuse the memory of the outputs. Each block is read before it is overwritten.
         """
-        writer = ColumnWriter(self.call.like, self.normalization)
+        writer = ColumnWriter(self.call.form, self.normalization)
         for block in read:
             gain = writer.gain(block.at, block.column_sum)
             for k, factor in factors.items():

@@ -18,9 +18,10 @@ from ..errors import NonlinearRuleError, UnsupportedRuleError
 from ..model.autocast import current
 from ..model.trace_guards import audit
 from .base import IdentityKernel, Kernel
+from .form import Form
 from .forward_state import Saved
-from .known_rules import is_by_modifiers, overrides, own_copy
-from .layer_call import LayerCall, forward, shape_like
+from .known_rules import is_by_modifiers, own_copy
+from .layer_call import LayerCall, forward
 from .mapper_factors import mapped
 from .normalization import Normalization
 from .rule_branch_reader import branch_kernel
@@ -42,7 +43,7 @@ def read_rule(call: LayerCall, normalization: Normalization | None = None) -> Ke
         UnsupportedRuleError: If the rule changes how the module runs, or has none of the three forms.
     """
     rule = call.rule
-    if any(overrides(rule, method) for method in ("pre_forward", "post_forward", "pre_backward")):
+    if _replaces_hooks(type(rule)):
         raise UnsupportedRuleError(
             f"the rule {type(rule).__name__} of layer {call.name!r} overrides Zennit's own forward hooks, so it cannot "
             "be read as a kernel. Override `forward` and `backward` only, or write the rule with BasicHook's modifiers."
@@ -54,6 +55,15 @@ def read_rule(call: LayerCall, normalization: Normalization | None = None) -> Ke
     if is_by_modifiers(rule):
         return branch_kernel(call, rule, normalization) or _by_modifiers(call, rule)
     return _by_backward(call)
+
+
+def _replaces_hooks(kind: type[Hook]) -> bool:
+    """Returns True if a class of rules overrides the hooks by which Zennit runs a rule."""
+    return (
+        kind.pre_forward is not Hook.pre_forward
+        or kind.post_forward is not Hook.post_forward
+        or kind.pre_backward is not Hook.pre_backward
+    )
 
 
 def read_rule_at(rule: Hook, module: nn.Module, inputs: Tensor, name: str) -> Kernel:
@@ -69,8 +79,8 @@ def read_rule_at(rule: Hook, module: nn.Module, inputs: Tensor, name: str) -> Ke
         output = module.forward(inputs)
     # No forward pass is in progress that could overwrite these tensors.
     saved = Saved(inputs, values=False), Saved(output, values=False)
-    like, precision = shape_like(output), current(output.device)
-    return read_rule(LayerCall(own_copy(rule), module, forward, saved[0], like, name, saved[1], precision=precision))
+    form, precision = Form(output), current(output.device)
+    return read_rule(LayerCall(own_copy(rule), module, forward, saved[0], form, name, saved[1], precision=precision))
 
 
 def check_linear(kernel: Kernel, call: LayerCall) -> None:
@@ -105,11 +115,11 @@ def is_linear_in_relevance(kernel: Kernel, like: Tensor) -> bool:
 
 
 def _identity(call: LayerCall) -> IdentityKernel:
-    if call.input.shape != call.like.shape:
+    if call.saved_input.shape != call.form.shape:
         raise UnsupportedRuleError(
             f"layer {call.name!r} ({type(call.module).__name__}) has the rule Pass, but maps shape "
-            f"{tuple(call.input.shape)} to {tuple(call.like.shape)}. Assign it a rule that propagates relevance to its "
-            "inputs."
+            f"{tuple(call.saved_input.shape)} to {tuple(call.form.shape)}. Assign it a rule that propagates relevance "
+            "to its inputs."
         )
     return IdentityKernel()
 

@@ -47,16 +47,17 @@ class SeparateBias(TorchFunctionMode):
     def _separated(
         self, func: Callable[..., Any], source: Tensor, weight: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        image = self._run(func, source.detach(), weight.detach(), rest, kwargs)
-        self.image = (image, weight.detach())
-        return image if self.bias is None else image + broadcast(self.bias.detach(), self.layer, image)
+        with torch.no_grad():
+            image = self._run(func, source, weight, rest, kwargs)
+            self.image = (image, weight)
+            return image if self.bias is None else image + broadcast(self.bias, self.layer, image.ndim)
 
     def _run(
         self, func: Callable[..., Any], source: Tensor, weight: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         short = current(weight.device)
         if short is None or source.dtype != torch.float32:
-            return func(source, weight, None, *rest, **kwargs).detach()  # type: ignore[no-any-return]
+            return func(source, weight, None, *rest, **kwargs)  # type: ignore[no-any-return]
         return func(source.to(short), weight.to(short), None, *rest, **kwargs).to(source.dtype)  # type: ignore[no-any-return]
 
 
@@ -119,8 +120,14 @@ def is_torch_activation(module: nn.Module) -> bool:
 def writes_in_place(module: nn.Module) -> bool:
     """Returns True if a module may modify its input in place.
 
-    Affine layers and modules with ``inplace=False`` never do.
+    Modules with ``inplace=False`` never do, and neither do torch's own modules without submodules and this option.
     """
     # getattr on the module would format an error message for every module without the attribute.
-    inplace = module.__dict__.get("inplace", getattr(type(module), "inplace", True))
-    return inplace is not False and not is_affine(module)
+    inplace = module.__dict__.get("inplace", getattr(type(module), "inplace", None))
+    return not _is_of_torch(module) if inplace is None else inplace is not False
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    """Returns True if a module without submodules runs the ``forward`` of one of torch's own modules."""
+    own = "forward" in module.__dict__ or bool(module._modules)
+    return not own and type(module).forward.__module__.startswith("torch.nn.modules.")

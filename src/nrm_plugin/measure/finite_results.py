@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
-from ..model.inputs_and_outputs import is_finite
+from ..model.inputs_and_outputs import are_finite, is_finite
 from ..model.nested_tensors import tensors_in
 from ..recording.places import Buffer, Edge, Sink
 from ..recording.propagation import Vectors, pull
@@ -35,7 +35,7 @@ def check_finite(measure: Any, results: Any) -> None:
         measure: Measure that computed the results.
         results: A tensor, or a list, tuple or dictionary of these; other objects are not checked.
     """
-    if not all(is_finite(tensor) for tensor in tensors_in(results)):
+    if not are_finite(tensors_in(results)):
         raise NonFiniteError(_message(measure))
 
 

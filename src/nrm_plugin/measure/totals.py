@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..kernels.cache_blocks import blocks
-from ..model.targets import sample_norms, sample_sums
+from ..kernels.cache_blocks import WHOLE, block_of, blocks
+from ..model.targets import one_row, sample_norms, sample_sums
 from ..recording.places import Buffer, Edge, Place, Sink
 from ..recording.propagation import Cost, Vectors, pull
 from ..recording.recording import Recording
@@ -87,8 +87,8 @@ class Totals:
             self.maps[place] = self.recording.samples.layout(place).unfold(vector)
 
     def _sums(self, vector: Tensor, place: Place) -> tuple[Tensor | None, Tensor | None]:
-        """Returns the sum and the absolute sum of a vector. Cached for steps that do not change the vector."""
-        if self._last is not None and vector.is_set_to(self._last[0]):
+        """Returns the sum and the absolute sum of a vector. Cached for vertices that do not change the vector."""
+        if self._last is not None and vector is self._last[0]:
             return self._last[1:]
         self._last = (vector, *self._sum_pair(vector, place))
         return self._last[1:]
@@ -119,14 +119,14 @@ class Totals:
         absolute = torch.zeros_like(total)
         single = self.recording.samples.count == 1
         for at in blocks(vector):  # blocks that fit into the CPU cache
-            part = vector[at] * share[at]
-            rows = slice(None) if single else at[0]
+            part = block_of(vector, at) * block_of(share, at)
+            rows = slice(None) if single or at == WHOLE else at[0]
             total[rows] += part.sum() if single else sample_sums(part)
             absolute[rows] += self._norm(part)
         return total, absolute
 
     def _norm(self, vector: Tensor) -> Tensor:
-        return sample_norms(vector.reshape(1, -1) if self.recording.samples.count == 1 else vector)
+        return sample_norms(one_row(vector) if self.recording.samples.count == 1 else vector)
 
 
 def _accumulate(total: dict[Key, Tensor | None], key: Key, value: Tensor | None) -> None:

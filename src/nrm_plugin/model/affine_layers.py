@@ -140,19 +140,20 @@ def is_torch_class(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 def is_affine(module: nn.Module) -> bool:
     """Returns True if a module is an affine layer whose ``forward`` was not overridden by a subclass or a canonizer."""
-    if not isinstance(module, _AFFINE) or "forward" in module.__dict__ or module._modules:
+    if "forward" in module.__dict__ or module._modules:
         return False
-    kinds = [kind for kind in _AFFINE if isinstance(module, kind)]
-    return any(type(module).forward is kind.forward for kind in kinds) and (
-        not isinstance(module, WEIGHTED) or module._parameters.get("weight") is not None
-    )
+    forward = type(module).forward
+    for kind in _AFFINE:
+        if forward is kind.forward and isinstance(module, kind):
+            return kind in WEIGHTLESS or module._parameters.get("weight") is not None
+    return False
 
 
-def broadcast(bias: Tensor, module: nn.Module, image: Tensor) -> Tensor:
-    """Reshapes the bias of a layer to broadcast against the output."""
+def broadcast(bias: Tensor, module: nn.Module, dims: int) -> Tensor:
+    """Reshapes the bias of a layer to broadcast against the output, which has ``dims`` dimensions."""
     last = isinstance(module, nn.Linear) or getattr(module, "bias_dim", 1) == -1
     if last or bias.ndim > 1:  # a position-dependent bias has the shape of the output
         return bias
     # The layer determines the number of spatial dimensions, since the output may lack the batch dimension.
-    spatial = len(module.kernel_size) if isinstance(module, nn.modules.conv._ConvNd) else image.ndim - 2
+    spatial = len(module.kernel_size) if isinstance(module, nn.modules.conv._ConvNd) else dims - 2
     return bias.reshape(-1, *(1,) * spatial)

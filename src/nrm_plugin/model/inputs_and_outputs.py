@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -344,6 +344,27 @@ def is_finite(tensor: Tensor) -> bool:
     return in_range or bool(torch.isfinite(tensor).all())
 
 
+def are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Returns True if all elements of several tensors are finite. A single number is read for all of them."""
+    groups: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.is_floating_point() and not is_valueless():
+            groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return all(map(_are_finite, groups.values()))
+
+
+def _are_finite(tensors: list[Tensor]) -> bool:
+    """Returns True if all elements of tensors of one device and dtype are finite."""
+    if len(tensors) == 1:
+        return is_finite(tensors[0])
+
+    # A sum is nan or infinite if an entry is; it may also overflow.
+    def have_finite_sums() -> Tensor:
+        return torch.stack([tensor.sum() for tensor in tensors]).isfinite().all()
+
+    return holds("finite sums", have_finite_sums) or all(map(is_finite, tensors))
+
+
 def is_index(value: Any) -> bool:
     """Returns True if a value is an int32 or int64 tensor, as used for embedding lookups."""
     return isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64)
@@ -381,6 +402,7 @@ __all__ = [
     "Change",
     "Inputs",
     "Output",
+    "are_finite",
     "check_inputs",
     "chosen_output",
     "explained_output",

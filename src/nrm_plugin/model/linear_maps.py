@@ -109,7 +109,7 @@ def window_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMap 
     stride, padding, _, transposed, _, groups = options
     if transposed or groups > 1:
         return None
-    if weight[0, 0].numel() == 1 and set(stride) == {1} and set(padding) == {0}:
+    if weight.shape[2:].numel() == 1 and set(stride) == {1} and set(padding) == {0}:
         return _sums_over(2, shape[0], plain)
     sums = _convolution_maps(weight.new_ones(1, 1, *weight.shape[2:]), options, torch.Size((1, *shape[1:])))
 

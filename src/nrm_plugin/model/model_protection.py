@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .devices import random_states, restore_random_states
-from .quantized import is_quantized, packed_tensors, plain_tensors
+from .quantized import PLAIN_TYPES, is_quantized, packed_tensors, plain_tensors
 from .shapes_without_values import data_address, storage_address
 from .trace_guards import unwatched
 
@@ -79,18 +79,16 @@ def _restore(module: nn.Module, state: _State) -> None:
     for key in [key for key in attributes if key not in before]:
         del attributes[key]
     for key, value in before.items():
-        if attributes.get(key) is not value or key not in attributes:
+        if key not in attributes or attributes[key] is not value:
             attributes[key] = value
         # The dictionary is modified in place, since handles of the user's hooks refer to it.
-        if value.__class__ in _DICTS and not _is_same(value, contents.get(key, {})):
+        if value.__class__ in _DICTS and (value or key in contents) and not _is_same(value, contents.get(key, {})):
             value.clear()
             value.update(contents.get(key, {}))
 
 
 def _is_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
     """Returns True if two dictionaries map the same keys to the same objects in the same order."""
-    if not one and not other:
-        return True
     pairs = zip(one.items(), other.items(), strict=True)
     return len(one) == len(other) and all(a == b and value is known for (a, value), (b, known) in pairs)
 
@@ -101,7 +99,7 @@ _RESTORED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def values_state(tensor: Tensor) -> tuple[int, int]:
     """Returns a key that changes when a tensor is modified: its version, without undone writes, and its address."""
-    undone = int(_RESTORED.get(tensor, 0))  # type: ignore[no-untyped-call, unused-ignore]
+    undone = int(_RESTORED.get(tensor, 0)) if _RESTORED.data else 0  # type: ignore[no-untyped-call, unused-ignore]
     return tensor._version - undone, _address(tensor)
 
 
@@ -112,7 +110,8 @@ def note_restored(tensor: Tensor, version: int) -> None:
 
 def _address(tensor: Tensor) -> int:
     """Returns the data address of a tensor, or of its values if it is sparse or a wrapper."""
-    return data_address(_stored(next(plain_tensors(tensor))))
+    plain = tensor if type(tensor) in PLAIN_TYPES else next(plain_tensors(tensor))
+    return data_address(_stored(plain))
 
 
 def memory_address(tensor: Tensor) -> int:
@@ -147,27 +146,61 @@ class Fingerprint:
     """
 
     def __init__(self, model: nn.Module, entries: int = 4096) -> None:
-        self._seen: list[tuple[str, Tensor, tuple[int, int], Tensor | None, Tensor]] = []
         every = [(name, part) for name, tensor in named_tensors(model) for part in plain_tensors(tensor)]
-        for name, tensor in every:
-            flat = _stored(tensor.detach()).flatten()
-            place = flat[:: step_between(flat.numel(), entries)]
-            # Flattening a non-contiguous tensor returns a copy, which does not reflect later changes.
-            is_view = data_address(flat) == _address(tensor) and flat.numel() > 0
-            self._seen.append((name, tensor, values_state(tensor), place if is_view else None, place.clone()))
-        self._entries = entries
+        self._states = [(name, tensor, values_state(tensor)) for name, tensor in every]
+        groups: dict[Any, list[_Sample]] = {}
+        with torch.no_grad():
+            for name, tensor in every:
+                groups.setdefault((tensor.device, tensor.dtype), []).append(_Sample(name, tensor, entries))
+            self._groups = [(samples, _joined(samples)) for samples in groups.values()]
 
     def changed(self) -> list[str]:
         """Returns the names of the tensors that have changed."""
-        return [
-            name
-            for name, tensor, state, place, sample in self._seen
-            if values_state(tensor) != state
-            or not ((place is not None and torch.equal(place, sample)) or torch.equal(*self._finite(tensor, sample)))
-        ]
+        names = {name for name, tensor, state in self._states if values_state(tensor) != state}
+        with torch.no_grad():
+            for samples, before in self._groups:
+                now = _joined(samples)
+                if not torch.equal(now, before):
+                    sizes = [sample.size for sample in samples]
+                    pairs = zip(samples, torch.split(now, sizes), torch.split(before, sizes), strict=True)
+                    names.update(sample.name for sample, one, other in pairs if not _is_equal(one, other))
+        return [name for name, _, _ in self._states if name in names]
 
-    def _finite(self, tensor: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the current and the stored sample with NaN replaced by 0. NaN does not equal itself."""
-        flat = _stored(tensor.detach()).flatten()
-        entries = flat[:: step_between(flat.numel(), self._entries)]
-        return (torch.nan_to_num(entries), torch.nan_to_num(sample)) if flat.is_floating_point() else (entries, sample)
+
+class _Sample:
+    """Elements of a tensor at a regular distance, as a view if possible.
+
+    Args:
+        name: Name of the tensor.
+        tensor: The tensor.
+        entries: Maximum number of elements.
+    """
+
+    def __init__(self, name: str, tensor: Tensor, entries: int) -> None:
+        self.name, self._tensor, self._entries = name, tensor, entries
+        values = self.values()
+        self.size = values.numel()
+        # Flattening a non-contiguous tensor returns a copy, which does not reflect later changes.
+        self._view = values if self.size > 0 and data_address(values) == _address(tensor) else None
+
+    def values(self) -> Tensor:
+        """Returns the current values of the elements."""
+        flat = _stored(self._tensor)
+        flat = flat if flat.ndim == 1 else flat.flatten()
+        step = step_between(flat.numel(), self._entries)
+        return flat if step == 1 else flat[::step]
+
+    def current(self) -> Tensor:
+        """Returns the current values, without flattening the tensor again."""
+        return self.values() if self._view is None else self._view
+
+
+def _joined(samples: list[_Sample]) -> Tensor:
+    return torch.cat([sample.current() for sample in samples])
+
+
+def _is_equal(one: Tensor, other: Tensor) -> bool:
+    """Returns True if two tensors are equal, with NaN equal to NaN."""
+    if one.is_floating_point():
+        one, other = torch.nan_to_num(one), torch.nan_to_num(other)
+    return torch.equal(one, other)

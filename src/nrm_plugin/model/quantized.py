@@ -19,13 +19,15 @@ TOLERANCE = 0.1
 """Largest accepted relative error of the dequantized layer. It arises if the layer rounds its input."""
 ROWS = 256
 """Number of unit vectors passed to a layer at once."""
+PLAIN_TYPES = (Tensor, nn.Parameter)
+"""Types of tensors that wrap no other tensors."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_quantized(module: nn.Module) -> bool:
     """Returns True if a module is a linear layer whose weight is not a plain floating-point tensor."""
     sizes = module.__dict__.get("in_features"), module.__dict__.get("out_features")
-    if not all(isinstance(size, int) for size in sizes):
+    if not isinstance(sizes[0], int) or not isinstance(sizes[1], int):
         return False
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
@@ -76,7 +78,7 @@ def packed_tensors(module: nn.Module) -> list[Tensor]:
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     """Yields the tensor itself if it is a plain tensor, or the plain tensors wrapped by a tensor subclass."""
-    if type(tensor) in (Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
+    if type(tensor) in PLAIN_TYPES or not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:

@@ -21,6 +21,9 @@ _HOOK_DICTS = (
     "_backward_pre_hooks",
 )
 
+_UNBOUND = frozenset([bool, int, float, str, tuple, list, set, dict, OrderedDict, type(None), Tensor])
+"""Types of attributes that are not functions. Most attributes of a module have one of them."""
+
 MAX_DEPTH = 4
 """Maximum depth of nested functions in which a module is replaced by its copy."""
 
@@ -52,7 +55,7 @@ def rebind(copy: nn.Module, module: nn.Module) -> None:
     Canonizers replace the ``forward`` of a single module by a bound method, and Accelerate by a partial function.
     """
     for name, value in copy.__dict__.items():
-        if callable(value) and not isinstance(value, (type, nn.Module)):
+        if type(value) not in _UNBOUND and callable(value) and not isinstance(value, (type, nn.Module)):
             copy.__dict__[name] = _rebound(value, module, copy)
 
 
@@ -107,4 +110,4 @@ def _compute_parametrized(copy: nn.Module, module: nn.Module) -> None:
 
 
 def _shared(parameter: Tensor | None) -> nn.Parameter | None:
-    return None if parameter is None else nn.Parameter(parameter.detach(), requires_grad=False)
+    return None if parameter is None else nn.Parameter(parameter, requires_grad=False)

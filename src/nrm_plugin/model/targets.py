@@ -23,16 +23,21 @@ MIN_TOTAL = 1e-6
 
 def sample_sums(tensor: Tensor) -> Tensor:
     """Sums a tensor over all dimensions but the first. Unlike ``flatten(1)``, accepts the shape ``(N,)``."""
-    return tensor.reshape(len(tensor), -1).sum(1)
+    return tensor.clone() if tensor.ndim == 1 else tensor.sum(tuple(range(1, tensor.ndim)))
+
+
+def one_row(tensor: Tensor) -> Tensor:
+    """Returns a tensor that belongs to a single sample with a first dimension of size one."""
+    return tensor if tensor.ndim > 1 and tensor.shape[0] == 1 else tensor.unsqueeze(0)
 
 
 def sample_norms(tensor: Tensor) -> Tensor:
     """Computes the L1 norm of each sample of a tensor of shape ``(N, …)``. Returns shape ``(N,)``."""
     if tensor.device.type != "cpu":
         return sample_sums(tensor.abs())
+    if 0 < tensor.numel() <= 1 << 16 and tensor.ndim > 1:
+        return tensor.abs().sum(tuple(range(1, tensor.ndim)))
     flat = tensor.reshape(len(tensor), -1)
-    if flat.numel() <= 1 << 16:
-        return flat.abs().sum(1)
     # Each part fits into the CPU cache.
     parts = [part.abs().sum(1) for part in torch.split(flat, max(1, (1 << 16) // len(flat)), 1)]
     return functools.reduce(torch.add, parts) if parts else flat.new_zeros(len(flat))

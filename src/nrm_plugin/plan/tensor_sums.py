@@ -99,11 +99,13 @@ def _grouped(tensors: list[Tensor]) -> _Groups:
 
 def _flat(tensor: Tensor) -> Tensor | None:
     """Returns the elements of a dense tensor as a vector in memory order, or None for any other tensor."""
-    if tensor.layout != torch.strided or tensor.device.type == "meta" or type(tensor.data) is not Tensor:
+    if tensor.layout != torch.strided or tensor.device.type == "meta":
         return None
     tensor = tensor.detach()
-    if torch._debug_has_internal_overlap(tensor) != 0:  # expanded
+    if type(tensor) is not Tensor or torch._debug_has_internal_overlap(tensor) != 0:  # expanded
         return None
+    if tensor.is_contiguous():
+        return tensor if tensor.ndim == 1 else tensor.view(-1)
     order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
     ordered = tensor.permute(order)
     return ordered.view(-1) if ordered.is_contiguous() else None

@@ -21,9 +21,10 @@ from zennit.rules import Pass
 
 from ..errors import UnsupportedRuleError
 from ..kernels.base import Kernel
+from ..kernels.form import Form
 from ..kernels.forward_state import Saved, not_recorded
 from ..kernels.known_rules import is_by_modifiers, is_known_linear
-from ..kernels.layer_call import LayerCall, forward, shape_like
+from ..kernels.layer_call import LayerCall, forward
 from ..kernels.layer_step import LayerStep
 from ..kernels.modified_layers import rerun_without_bias
 from ..kernels.normalization import Normalization
@@ -251,7 +252,7 @@ def _fused_step(layer: _Layer, number: Tensor, samples: Samples) -> ContrastStep
         rule=call.rule.copy(),
         module=fused,
         run=forward,
-        like=shape_like(number),
+        form=Form(number),
         saved_output=Saved(number, values=False),
         image=None,
     )
@@ -299,7 +300,11 @@ def _fused_layer(call: LayerCall, weights: Tensor, number: Tensor, layout: Layou
     if not bool(connected.all()):
         index = _connected(connected)
         fused = _chosen(fused, index)
-    added = None if bias is None else weights * broadcast(bias.detach(), call.module, call.like).to(weights.dtype)
+    added = (
+        None
+        if bias is None
+        else weights * broadcast(bias.detach(), call.module, len(call.form.shape)).to(weights.dtype)
+    )
     constant = None if added is None else _sample_sums(added, output_layout).reshape(number.shape)
 
     def function(source: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

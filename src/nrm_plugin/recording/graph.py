@@ -67,6 +67,7 @@ class Vertex:
         devices: The device of each input, or None for a constant; None if all are on the device of the outputs.
         is_short: Whether the vertex is a route with an input or output in lower precision than float32.
         leaf: The leaf tensor if the graph ends at this vertex, or None.
+        is_identity: Whether the vertex is a route that returns its input, such as a view in the same shape.
     """
 
     node: Any
@@ -78,6 +79,7 @@ class Vertex:
     devices: tuple[torch.device | None, ...] | None = None
     is_short: bool = False
     leaf: Tensor | None = None
+    is_identity: bool = False
     _constant_share: tuple[Tensor, ...] | None = field(default=None, repr=False)
 
     def pull(self, relevance: list[Tensor | None], absolute: bool = False) -> tuple[list[Tensor | None], Any]:
@@ -94,6 +96,8 @@ class Vertex:
             return self._converted(parts), residual
         if self.index is not None:
             return self._converted(self.index.pull(relevance)), None
+        if self.is_identity:
+            return relevance, None
         count = next(len(item) for item in relevance if item is not None)
         rows = [self._route([item if item is None else item[k] for item in relevance]) for k in range(count)]
         return self._converted(_columns(rows)), None
@@ -105,7 +109,7 @@ class Vertex:
 
     def route(self, relevance: list[Tensor | None]) -> list[Tensor | None]:
         """Propagates a single relevance vector of shape ``(*shape)`` through a route. Otherwise like :meth:`pull`."""
-        return self._converted(self._route(relevance))
+        return relevance if self.is_identity else self._converted(self._route(relevance))
 
     def push(self, values: list[Tensor | None], absorbed: list[Tensor | None]) -> list[Tensor | None]:
         """Applies the transpose of :meth:`pull`. ``absorbed`` contains the values at the sink of each output."""
@@ -353,6 +357,7 @@ def _vertex(node: Any, read: list[tuple[Any, int]], position: dict[Any, int]) ->
     metadata = [lower._input_metadata[number] if lower in position else None for lower, number in read]
     below = [None if one is None else one.dtype for one in metadata]
     devices = tuple(None if one is None else one.device for one in metadata)
+    is_on_one_device = {*devices} <= {None, outputs[0].device}
     return Vertex(
         node,
         step,
@@ -360,7 +365,14 @@ def _vertex(node: Any, read: list[tuple[Any, int]], position: dict[Any, int]) ->
         shapes,
         tuple(working_dtype(one) for one in formats),
         tuple(None if one is None else working_dtype(one) for one in below),
-        None if {*devices} <= {None, outputs[0].device} else devices,
+        None if is_on_one_device else devices,
         step is None and any(one is not None and is_short_format(one) for one in (*formats, *below)),
         leaf,
+        step is None and is_on_one_device and is_whole(node) and _is_same_form(outputs, metadata),
     )
+
+
+def _is_same_form(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Returns True if the metadata of two lists of tensors have the same shapes and dtypes."""
+    forms = [[None if m is None else (torch.Size(m.shape), m.dtype) for m in metadata] for metadata in (some, others)]
+    return forms[0] == forms[1]

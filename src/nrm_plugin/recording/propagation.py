@@ -98,7 +98,8 @@ def pull(
             if part is None or edge is None:
                 continue
             shape = graph.shape(edge)
-            passed = {key: _of_shape(row, shape) for key, row in zip(keys, part.unbind(), strict=True)}
+            unchanged = arrived[0].values() if part is rows[0] else part.unbind()
+            passed = {key: _of_shape(row, shape) for key, row in zip(keys, unchanged, strict=True)}
             _add(waiting[edge.vertex].setdefault(edge.number, {}), visitor.at_edge(Edge(index, number), passed))
     return Cost(steps, vectors_of_steps)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import FoldingError
 from ..model.shapes_without_values import is_valueless
-from ..model.targets import sample_sums
+from ..model.targets import one_row, sample_sums
 from ..model.trace_guards import audit, is_traced, note_not_replayable, untraced
 from .graph import Graph
 from .places import Buffer, Place, Sink
@@ -240,7 +240,7 @@ class Samples:
     def sums(self, tensor: Tensor, place: Place | None) -> Tensor | None:
         """Sums a tensor at a place over the elements of each sample. Returns None if the samples are unknown."""
         if self.count == 1:
-            return tensor.sum().reshape(1)
+            return sample_sums(one_row(tensor))
         if self.is_plain:
             return sample_sums(tensor)
         if place is None:

@@ -110,7 +110,7 @@ def _keeps_rows(graph: Graph, vertex: Vertex) -> bool:
 
 def _is_layer_of_rows(call: LayerCall) -> bool:
     """Returns True if a torch layer acts on each row of its input separately."""
-    kind, dims = type(call.module), call.input.ndim
+    kind, dims = type(call.module), len(call.saved_input.shape)
     path = kind.__module__.removeprefix("torch.nn.modules.")
     if dims < 2:
         return path == "activation" and not isinstance(call.module, (*_SOFTMAX, nn.GLU, nn.MultiheadAttention))
