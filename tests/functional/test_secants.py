@@ -19,7 +19,7 @@ from nrm_plugin import ABSORBED, RelevanceMeasure, at
 from nrm_plugin.errors import UnsupportedOperationError
 from nrm_plugin.functional.elementwise import ACTIVATIONS, ELEMENTWISE
 from nrm_plugin.functional.registry import KERNELS
-from nrm_plugin.functional.secant_kernels import logarithmic_mean
+from nrm_plugin.functional.secant_kernels import exponential_mean
 from nrm_plugin.functional.secants import change
 from tests.differences import Head, draw
 
@@ -55,6 +55,7 @@ def rotary(h: Tensor) -> Tensor:
 
 
 OPERATIONS = {
+    "mul_ by a matrix": lambda h: (h * 1).mul_(MATRIX[:4]),
     **{
         f"F.{name}": getattr(F, name)
         for name in ACTIVATIONS
@@ -250,6 +251,26 @@ def test_slopes_of_softmax_are_those_of_its_exponentials_and_its_logarithm():
         assert bool((slopes.abs() <= 1).all())
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 320.0), (torch.float64, 3200.0)])
+def test_softmax_of_logits_whose_exponentials_have_no_quotient(dtype, size):
+    class Weighted(nn.Module):
+        def forward(self, z):
+            return z.softmax(-1) @ torch.tensor([[1.0], [3.0], [-2.0]]).to(z)
+
+    z, z0 = torch.tensor([[1.0, 0.5, -1.0]]).to(dtype), torch.tensor([[0.0, 1.0, 0.5]]).to(dtype)
+    mu = RelevanceMeasure(Weighted(), z + size, reference=z0)
+    # e^z0 / e^z is zero, so the logarithmic mean of the two is e^z / size, and that of their sums has the same factor.
+    run, run0 = (z + size - z0).double()[0], torch.logsumexp((z + size).double(), -1) - torch.logsumexp(z0.double(), -1)
+    p, p0 = z.double().softmax(-1)[0], z0.double().softmax(-1)[0]
+    mean = torch.where(p == p0, p, (p - p0) / (p.log() - p0.log()))
+    share = p / run * run0
+    above = torch.tensor([1.0, 3.0, -2.0]).double() * mean
+    expected = run * (above - share * above.sum()) / ((p - p0) @ torch.tensor([1.0, 3.0, -2.0]).double())
+    scale = {"rtol": 0, "atol": float(size * 1e2 * torch.finfo(dtype).eps)}
+    torch.testing.assert_close(mu.marginal("input").double()[0], expected, **scale)
+    torch.testing.assert_close(mu.marginal("input").double().sum(), torch.ones(()).double(), **scale)
+
+
 def test_secants_and_logarithmic_means_are_stable():
     z = torch.tensor([1.0, 1.0, 1.0, 0.0, -2.0]).double()
     z0 = torch.tensor([2.0, 1.0 + 1e-13, 1.0, 0.0, 3.0]).double()
@@ -265,7 +286,7 @@ def test_secants_and_logarithmic_means_are_stable():
     assert float(change(torch.exp, (zero, infinite))) == 1
     assert float(change(torch.exp, (infinite, infinite))) == 0
     pairs = [(1.0, 1.0), (1.0, 1 + 1e-12), (1.0, 0.0), (0.0, 0.0), (1.0, 1e-300), (2.0, 1.0)]
-    means = logarithmic_mean(*(torch.tensor(side, dtype=torch.float64) for side in zip(*pairs, strict=True)))
+    means = exponential_mean(*(torch.tensor(side, dtype=torch.float64).log() for side in zip(*pairs, strict=True)))
     expected = torch.tensor([1.0, 1.0, 0.0, 0.0, 1 / math.log(1e300), 1 / math.log(2.0)]).double()
     torch.testing.assert_close(means, expected, rtol=1e-7, atol=0)
 

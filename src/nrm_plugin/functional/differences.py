@@ -101,8 +101,9 @@ class DifferenceCall:
         a rule adds a floor to the inputs of a layer. Such relevance has no multiplier; it is divided by infinity and
         thus absorbed.
         """
-        is_zero = self.difference.is_zero
-        return self.after if is_zero is None or not self.has_rules else self.after.masked_fill(is_zero, torch.inf)
+        if not self.has_rules or self.difference.is_zero is None:
+            return self.after
+        return self.after.masked_fill(self.difference.is_zero, torch.inf)
 
     @cached_property
     def differences(self) -> list[Difference]:

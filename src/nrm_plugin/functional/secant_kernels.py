@@ -69,11 +69,17 @@ class PathKernel(MultiplierKernel):
         call: The recorded calls for the input and the reference.
         absolute: Function that replaces the coefficients of a call with their absolute values, which turns its slopes
             into absolute slopes. None if that is not possible.
+        is_linear: Whether the function is linear in one input.
     """
 
-    def __init__(self, call: DifferenceCall, absolute: Callable[[FunctionCall], FunctionCall] | None = None) -> None:
+    def __init__(
+        self,
+        call: DifferenceCall,
+        absolute: Callable[[FunctionCall], FunctionCall] | None = None,
+        is_linear: bool = False,
+    ) -> None:
         super().__init__(call)
-        self.call, self.absolute = call, absolute
+        self.call, self.absolute, self.is_linear = call, absolute, is_linear
         self._images = self._jacobians(call.call, lambda value: value)
 
     def _jacobians(
@@ -81,11 +87,14 @@ class PathKernel(MultiplierKernel):
     ) -> list[tuple[float, Tensor, list[Tensor]]]:
         """Evaluates the function at each quadrature node. Returns ``(weight, output, inputs)`` per node."""
         values, references = self.call.values, self.call.reference_values
+        if self.is_linear:
+            references = values  # all tangents are the same
         images = []
         for place, weight in _QUADRATURE[1 if len(values) < 3 else 2]:
             pairs = zip(values, references, strict=True)
             with torch.enable_grad():
-                leaves = [change(two + place * (one - two)).detach().requires_grad_() for one, two in pairs]
+                points = [one if one is two else torch.lerp(two, one, place) for one, two in pairs]
+                leaves = [change(point).detach().requires_grad_() for point in points]
                 images.append((weight, call.run(*leaves), leaves))
         return images
 
@@ -158,15 +167,22 @@ _PLACES = (
 # -- softmax ----------------------------------------------------------------------------------------------------------
 
 
-def logarithmic_mean(one: Tensor, two: Tensor) -> Tensor:
-    """Computes the logarithmic mean ``(a - b) / (log a - log b)`` of nonnegative numbers, or 0 if either is 0."""
-    high, low = torch.maximum(one, two), torch.minimum(one, two)
-    tiny = torch.finfo(high.dtype).tiny
-    divisor = high.clamp_min(tiny)
-    gap = (high - low) / divisor
-    # log1p is accurate where the numbers are close, log where they are far apart.
-    log = -torch.where(gap < 0.5, torch.log1p(-gap), (low / divisor).log())
-    return high * ((gap + tiny) / (log + tiny))  # 1 if the numbers are equal
+def exponential_mean(one: Tensor, two: Tensor) -> Tensor:
+    r"""Computes the logarithmic mean of :math:`e^a` and :math:`e^b`, or 0 if either is 0.
+
+    .. math:: \mathcal L(e^a, e^b) = \frac{e^a - e^b}{a - b} = e^{\max(a, b)}\, \varphi(|a - b|), \qquad
+              \varphi(g) = \frac{1 - e^{-g}}{g}
+
+    The difference of the exponents is known, so the result is accurate for exponentials that are nearly equal and for
+    those whose quotient underflows.
+    """
+    return torch.maximum(one, two).exp() * _falling(one, two)
+
+
+def _falling(one: Tensor, two: Tensor) -> Tensor:
+    """Computes ``φ(|a - b|)``, which falls from 1 to 0. The difference between equal infinities is zero."""
+    gap = torch.sub(two, one).abs().nan_to_num(0.0, torch.inf).clamp_min(torch.finfo(one.dtype).tiny).neg()
+    return torch.expm1(gap) / gap
 
 
 class SoftmaxKernel(MultiplierKernel):
@@ -188,9 +204,9 @@ class SoftmaxKernel(MultiplierKernel):
         super().__init__(call)
         one, two = call.values[0] * sign, call.reference_values[0] * sign
         self.dim, self.sign = dim % max(1, one.ndim) + 1, sign
-        probabilities = one.softmax(dim).nan_to_num(0.0), two.softmax(dim).nan_to_num(0.0)
-        self.share = _shares(probabilities, _totals(one, two, dim))
-        self.slope = torch.ones_like(one) if is_log else logarithmic_mean(*probabilities)
+        first, second = _log_softmax(one, dim), _log_softmax(two, dim)
+        self.share = _shares((first, second), (_total(one, first, dim), _total(two, second, dim)))
+        self.slope = torch.ones_like(one) if is_log else exponential_mean(first, second)
 
     def multipliers(self, above: Tensor) -> Multipliers:
         own = above * self.slope
@@ -204,23 +220,34 @@ class SoftmaxKernel(MultiplierKernel):
 
 def exponential_shares(one: Tensor, two: Tensor, dim: int | list[int]) -> Tensor:
     """Computes the slopes of log-sum-exp along dimensions. They are positive and sum to at most one."""
-    totals = _totals(one, two, dim)
-    first, second = ((value - total).exp().nan_to_num(0.0) for value, total in zip((one, two), totals, strict=True))
+    totals = torch.logsumexp(one, dim, keepdim=True), torch.logsumexp(two, dim, keepdim=True)
+    first, second = ((value - total).nan_to_num(-torch.inf) for value, total in zip((one, two), totals, strict=True))
     return _shares((first, second), totals)
 
 
-def _totals(one: Tensor, two: Tensor, dim: int | list[int]) -> tuple[Tensor, Tensor]:
-    return torch.logsumexp(one, dim, keepdim=True), torch.logsumexp(two, dim, keepdim=True)
+def _log_softmax(value: Tensor, dim: int) -> Tensor:
+    """Computes log-softmax. It is ``-inf`` where all elements are masked."""
+    return value.log_softmax(dim).nan_to_num(-torch.inf, torch.inf, -torch.inf)
 
 
-def _shares(probabilities: tuple[Tensor, Tensor], totals: tuple[Tensor, Tensor]) -> Tensor:
-    """Computes the slopes of log-sum-exp from the softmax and the log-sum-exp of the input and of the reference."""
+def _total(value: Tensor, log_softmax: Tensor, dim: int) -> Tensor:
+    """Computes log-sum-exp from log-softmax, at the maximum."""
+    return (value.amax(dim, keepdim=True) - log_softmax.amax(dim, keepdim=True)).nan_to_num(-torch.inf)
+
+
+def _shares(log_softmax: tuple[Tensor, Tensor], totals: tuple[Tensor, Tensor]) -> Tensor:
+    """Computes the slopes of log-sum-exp from log-softmax and log-sum-exp ``S``, at the input and at the reference.
+
+    They are the quotients of the logarithmic means of the exponentials and of their sums, both divided by the larger
+    sum. That of the sums is ``φ(|ΔS|)``, so it does not underflow if the sums are far apart.
+    """
     shift = torch.maximum(*totals)
-    shift = torch.where(shift.isfinite(), shift, torch.zeros_like(shift))
-    first, second = ((total - shift).exp() for total in totals)
-    mean = logarithmic_mean(first, second)
-    entries = logarithmic_mean(probabilities[0] * first, probabilities[1] * second)
-    return entries / torch.where(mean > 0, mean, 1.0)
+    first, second = (
+        value + (total - shift).nan_to_num(0.0, torch.inf, -torch.inf)
+        for value, total in zip(log_softmax, totals, strict=True)
+    )
+    mean = _falling(*totals)
+    return exponential_mean(first, second) / torch.where(mean > 0, mean, 1.0)
 
 
 @secant_of("softmax", "log_softmax", "softmin")
@@ -279,10 +306,15 @@ class NormKernel(MultiplierKernel):
     ) -> None:
         super().__init__(call)
         self.group, self.weight, self.is_centered = list(group), weight, is_centered
-        centered = [self._centered(value.reshape(self.group)) for value in (call.values[0], call.reference_values[0])]
-        first, second = ((c.square().mean(-1, keepdim=True) + eps).rsqrt() for c in centered)
-        self.middle, self.scale = (centered[0] + centered[1]) / 2, (first + second) / 2
-        self.curve = -(first * second).square() / (first + second)
+        values = [value.reshape(self.group) for value in (call.values[0], call.reference_values[0])]
+        first, second = ((self._variance(value) + eps).rsqrt() for value in values)
+        self.total, self.scale = self._centered(values[0] + values[1]), (first + second) / 2
+        self.curve = (first * second).square() / ((first + second) * (-2 * self.group[-1]))
+
+    def _variance(self, values: Tensor) -> Tensor:
+        if self.is_centered:
+            return values.var(-1, correction=0, keepdim=True)
+        return values.square().mean(-1, keepdim=True)
 
     def _centered(self, values: Tensor) -> Tensor:
         return values - values.mean(-1, keepdim=True) if self.is_centered else values
@@ -290,8 +322,8 @@ class NormKernel(MultiplierKernel):
     def multipliers(self, above: Tensor) -> Multipliers:
         weighted = above if self.weight is None else above * self.weight
         grouped = weighted.reshape(len(above), *self.group)
-        through = (grouped * self.middle).sum(-1, keepdim=True) * self.curve
-        below = grouped * self.scale + through * 2 * self.middle / self.group[-1]
+        through = (grouped * self.total).sum(-1, keepdim=True) * self.curve
+        below = torch.addcmul(grouped * self.scale, through, self.total)
         return (self._centered(below).reshape(above.shape),)
 
 
@@ -344,4 +376,4 @@ def _per_channel(weight: object, value: Tensor) -> object:
     return weight.reshape(-1, *(1,) * (value.ndim - 2)) if isinstance(weight, Tensor) else weight
 
 
-__all__ = ["MultiplierKernel", "PathKernel", "exponential_shares", "logarithmic_mean", "polynomial"]
+__all__ = ["MultiplierKernel", "PathKernel", "exponential_mean", "exponential_shares", "polynomial"]

@@ -42,7 +42,8 @@ class MaximumKernel(MultiplierKernel):
     ) -> None:
         super().__init__(call)
         self.shape, self.places = pair[0].shape, places
-        self.slopes = _slopes(sign * pair[0].flatten(), sign * pair[1].flatten(), *places)
+        one, two = (value.flatten() if sign == 1 else sign * value.flatten() for value in pair)
+        self.slopes = _slopes(one, two, *places)
 
     def multipliers(self, above: Tensor) -> Multipliers:
         below = above.new_zeros(len(above), self.shape.numel())

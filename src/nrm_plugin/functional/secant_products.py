@@ -15,7 +15,7 @@ from ..kernels.base import Kernel
 from ..model.affine_layers import LAYERS, layer_like
 from ..model.linear_maps import LinearMap, explicit_maps
 from .differences import DifferenceCall, secant_of
-from .function_call import FunctionCall
+from .function_call import FunctionCall, Slot
 from .products import changed_constants, constants_of
 from .secant_kernels import MultiplierKernel, Multipliers, PathKernel
 from .weighted_functions import twin_of_call
@@ -78,7 +78,13 @@ def _absolute_maps(twin: nn.Module, weight: Tensor, values: Tensor) -> LinearMap
 @secant_of("matmul", "einsum", "tensordot")
 def product(call: DifferenceCall) -> Kernel:
     """Returns the kernel of a tensor product, whose factors may be constant."""
-    return PathKernel(call, _with_absolute_constants)
+    return PathKernel(call, _with_absolute_constants, _is_linear(call.call))
+
+
+def _is_linear(call: FunctionCall) -> bool:
+    """Returns True if a product has a single computed factor, which may not occur twice, as in ``x @ x.T``."""
+    factors = [value for value in call.args if isinstance(value, (Slot, Tensor))]
+    return len(factors) == 2 and sum(isinstance(value, Slot) for value in factors) == 1
 
 
 def _with_absolute_constants(call: FunctionCall) -> FunctionCall:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..kernels.base import Kernel
 from .differences import DifferenceCall, secant_of
 from .elementwise import ACTIVATIONS, ELEMENTWISE
+from .function_call import Slot
 from .function_kernels import SplitKernel
 
 NOT_ELEMENTWISE = frozenset(
@@ -69,6 +70,14 @@ def by_slopes(call: DifferenceCall, slopes: Sequence[Tensor]) -> SplitKernel:
     return SplitKernel(shares, call.shapes, None, call.is_exact)
 
 
+def by_factors(call: DifferenceCall, factors: Sequence[float]) -> SplitKernel:
+    """Returns the kernel of a linear combination of tensors."""
+    pairs = zip(factors, call.before, strict=True)
+    after = call.divisor
+    shares = [(before if factor == 1 else factor * before) / after for factor, before in pairs]
+    return SplitKernel(shares, call.shapes, None, call.is_exact)
+
+
 @secant_of(*ACTIVATIONS, *(name for name in ELEMENTWISE if name not in NOT_ELEMENTWISE), "div", "hypot")
 def elementwise(call: DifferenceCall) -> Kernel:
     """Returns the kernel of an elementwise function. With rules, it is the identity for functions of one tensor."""
@@ -95,7 +104,10 @@ def _propagated_share(call: DifferenceCall, is_same: Tensor) -> Tensor:
         call: The call on the input and on the reference.
         is_same: Mask of the elements at which the input is the same.
     """
-    slope = derivative(call.call.run, call.values[0].expand(call.after.shape).nan_to_num(0.0, 0.0, 0.0))
+    if call.name == "mul":
+        slope = call.call.run(torch.ones_like(call.values[0]))
+    else:
+        slope = derivative(call.call.run, call.values[0].expand(call.after.shape).nan_to_num(0.0, 0.0, 0.0))
     return torch.where(is_same, slope * call.before[0] / call.after, 1.0)
 
 
@@ -133,9 +145,11 @@ def addition(call: DifferenceCall) -> Kernel:
     options = call.call
     alpha = float(options.kwargs.get("alpha", options.args[2] if len(options.args) > 2 else 1))
     factors = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[call.name]
-    if len(call.values) == 1:
-        return elementwise(call)
-    return by_slopes(call, [call.after.new_tensor(factor) for factor in factors])
+    if len(call.values) > 1:
+        return by_factors(call, factors)
+    if call.name != "rsub" and call.shapes == [call.after.shape] and isinstance(options.args[0], Slot):
+        return options.identity()
+    return elementwise(call)
 
 
 @secant_of("mul")

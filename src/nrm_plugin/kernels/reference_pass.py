@@ -60,7 +60,7 @@ def difference(value: Tensor, reference: Tensor) -> Difference:
     if not holds("differences between finite numbers", lambda: delta.amax() <= torch.inf):  # not if any is nan
         delta = delta.nan_to_num(0.0, torch.inf, -torch.inf)
     least = torch.full((), LEAST[dtype], dtype=dtype, device=delta.device)
-    return Difference(delta + least.copysign(delta), True)
+    return Difference(least.copysign(delta).add_(delta), True)
 
 
 @dataclass(frozen=True)
