@@ -36,7 +36,7 @@ def fused(
     Returns:
         The remaining operations.
     """
-    norms = [one for one in operations if one.function is aten.native_batch_norm.default]
+    norms = [one for one in operations if one.call.facts.function is aten.native_batch_norm.default]
     if not norms:
         return operations
     uses = Counter([number for one in operations for number in one.reads] + results)
@@ -123,7 +123,11 @@ def _images(operations: list[Operation], constants: dict[int, Tensor]) -> dict[A
     """Returns the convolutions without bias that rules compute, keyed by input and options."""
     convolutions: dict[Any, list[Operation]] = {}
     for one in operations:
-        if one.function is aten.convolution.default and one.call.args[2] is None and one.reads[1] in constants:
+        if (
+            one.call.facts.function is aten.convolution.default
+            and one.call.args[2] is None
+            and one.reads[1] in constants
+        ):
             convolutions.setdefault(_settings(one), []).append(one)
     return convolutions
 

@@ -64,12 +64,8 @@ class Merger:
     def _sizes(self) -> Counter[int]:
         """Number of tensors in each memory, without views that have the shape and strides of the whole memory."""
         made = {number for one in self._operations for number in one.results if number is not None}
-        return Counter([self._roots[number] for number in made if not self._is_same_view(number)])
-
-    def _is_same_view(self, number: int) -> bool:
-        """Returns True if a tensor is a view of another one, with the same shape and strides."""
-        root = self._roots[number]
-        return root != number and self.trace.forms[root] == self.trace.forms[number]
+        roots, forms = self._roots, self.trace.forms
+        return Counter([roots[n] for n in made if roots[n] == n or forms[roots[n]] != forms[n]])
 
     def _now(self, number: int) -> int:
         while number in self._same:

@@ -92,15 +92,15 @@ class Facts:
     forwarding: Forwarding
 
 
-_FACTS: dict[int, Facts] = {}
-"""Properties of operators, keyed by ``id()``. Hashing torch operators is slow."""
+FACTS: dict[int, Facts] = {}
+"""Properties of operators, keyed by ``id()``, since hashing torch operators is slow. The operators are kept alive."""
 
 
 def facts_of(function: Any) -> Facts:
     """Returns the properties of a torch operator."""
-    known = _FACTS.get(id(function))
+    known = FACTS.get(id(function))
     if known is None:
-        known = _FACTS[id(function)] = _read(function)  # holds the operator, so that its id is not reused
+        known = FACTS[id(function)] = _read(function)
     return known
 
 
@@ -124,4 +124,4 @@ def _read(function: Any) -> Facts:
     )
 
 
-__all__ = ["Facts", "facts_of"]
+__all__ = ["FACTS", "Facts", "facts_of"]

@@ -35,7 +35,7 @@ class ViewRemover:
                 continue
             stripped = self._stripped(one)
             made = self._unstripped(one) if stripped is None else stripped
-            if made.function is aten.expand.default and made.results[0] is not None and made.reads:
+            if made.call.facts.function is aten.expand.default and made.results[0] is not None and made.reads:
                 self._note_broadcast(made.results[0], made.reads[0])
             self._written.append(self._unexpanded(made))
         renamed = [self._made_view(number) for number in results]
@@ -85,7 +85,7 @@ class ViewRemover:
         All arguments must exist without this dimension.
         """
         facts = one.call.facts
-        if facts.is_reduction or one.function is aten.expand.default:
+        if facts.is_reduction or facts.function is aten.expand.default:
             return self._stripped_of_one(one)
         if not facts.is_elementwise or len(one.results) != 1 or one.shapes is not None:
             return None

@@ -153,12 +153,12 @@ def tensors_among(values: Iterable[Any], found: list[Any]) -> None:
     """Appends the tensors, or their placeholders, among the arguments of an operator to a list."""
     for value in values:
         kind = value.__class__
-        if kind in _PLAIN:
-            continue
-        if isinstance(value, (list, tuple)):
+        if kind is Tensor or kind is Value:
+            found.append(value)
+        elif kind is list or kind is tuple:
             if value and value[0].__class__ is not int:  # an operator has no list of both numbers and tensors
                 tensors_among(value, found)
-        elif kind is Value or isinstance(value, Tensor):
+        elif kind not in _PLAIN and isinstance(value, Tensor):
             found.append(value)
 
 
@@ -167,8 +167,10 @@ def argument_key(value: Any) -> Any:
     kind = value.__class__
     if kind is int or kind is bool:
         return (kind, value)
-    if kind is Value or kind is Tensor or value is None:
-        return None if value is None else HOLE
+    if value is None:
+        return None
+    if kind is Value or kind is Tensor:
+        return HOLE
     if kind is float:
         return (kind, value.hex())  # 0.0 equals -0.0
     if kind is list or kind is tuple:
@@ -223,7 +225,7 @@ class Trace:
 
     def call(self, facts: Facts, args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
         """Returns the call of an operator with the given arguments, whatever tensors are among them."""
-        key: Any = [id(facts.function), *[argument_key(value) for value in args]]
+        key: Any = [id(facts.function), *[HOLE if v.__class__ is Tensor else argument_key(v) for v in args]]
         if kwargs:
             key.append(tuple([(name, argument_key(value)) for name, value in sorted(kwargs.items())]))
         key = tuple(key)

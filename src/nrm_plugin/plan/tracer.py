@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..model.nested_tensors import tensors_in
 from ..model.trace_guards import ACTIVE
-from .operators import Facts, facts_of
+from .operators import FACTS, Facts, facts_of
 from .trace import Operation, Trace, Value, tensors_among
 
 aten = torch.ops.aten
@@ -184,36 +184,28 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunction():  # otherwise, EscapeWatch would observe all attribute accesses here
-            return self._dispatched(function, args, kwargs or {})
-
-    def _dispatched(self, function: Any, args: Any, kwargs: Any) -> Any:
-        facts = facts_of(function)
-        given: list[Tensor] = []
-        tensors_among(args, given)
-        if kwargs:
-            tensors_among(kwargs.values(), given)
-        numbers, is_traced, varies = self._looked_up(given)
-        if not is_traced and self._is_constant(facts, args, kwargs):
+            facts = FACTS.get(id(function)) or facts_of(function)
+            kwargs = kwargs or {}
+            given: list[Tensor] = []
+            tensors_among(args, given)
+            if kwargs:
+                tensors_among(kwargs.values(), given)
+            numbers, is_traced, varies = self._looked_up(given)
+            if not is_traced and self._is_constant(facts, args, kwargs):
+                result = function(*args, **kwargs)
+                if facts.makes_memory:
+                    self._note_fresh(result, given)
+                return result
+            writes: tuple[int, ...] = ()
+            if facts.writes:
+                numbers, writes = self._written(_overwritten(facts, args, kwargs), given, numbers, varies)
+            reads = tuple([self.number(t) if n is None else n for n, t in zip(numbers, given, strict=True)])
             result = function(*args, **kwargs)
-            if facts.makes_memory:
-                self._note_fresh(result, given)
+            if facts.forwarding == "alias":
+                self._note_alias(result, given[0], reads[0])
+            else:
+                self._append(facts, (args, kwargs, reads, varies), result, writes)
             return result
-        written: list[Tensor] = []
-        if facts.writes:
-            written = _written(facts, args, kwargs)
-            if any([self._make_writable(tensor) for tensor in written]):
-                numbers = [None] * len(given)  # tensors in copied memory have new indices
-        reads = tuple([self.number(t) if n is None else n for n, t in zip(numbers, given, strict=True)])
-        writes = tuple(dict.fromkeys(map(self.number, written))) if written else ()
-        result = function(*args, **kwargs)
-        if varies:
-            for tensor in written:
-                self._note_varying(tensor)
-        if facts.forwarding == "alias":
-            self._note_alias(result, given[0], reads[0])
-        else:
-            self._append(facts, (args, kwargs, reads, varies), result, writes)
-        return result
 
     def _looked_up(self, given: list[Tensor]) -> tuple[list[int | None], bool, bool]:
         """Returns what is known of the tensors among the arguments of an operation.
@@ -224,9 +216,10 @@ class Tracer(TorchDispatchMode):
         """
         numbers: list[int | None] = []
         is_traced = varies = False
+        strided, memories, tensors = torch.strided, self._memories, self._tensors
         for tensor in given:
-            at = _identity(tensor)
-            memory, known = self._memories.get(at), self._tensors.get(id(tensor))
+            at = tensor.untyped_storage()._cdata if tensor.layout is strided else 0  # as in _identity
+            memory, known = memories.get(at), tensors.get(id(tensor))
             if known is not None and known[0]() is tensor and (known[2] is memory or not at):
                 numbers.append(known[1])
                 memory = known[2]
@@ -237,13 +230,33 @@ class Tracer(TorchDispatchMode):
                 varies = varies or memory.varies
         return numbers, is_traced, varies
 
+    def _written(
+        self, written: list[Tensor], given: list[Tensor], numbers: list[int | None], varies: bool
+    ) -> tuple[list[int | None], tuple[int, ...]]:
+        """Prepares memory that an operation overwrites.
+
+        Returns:
+            The indices of known tensors among the arguments and the indices of the overwritten tensors.
+        """
+        if any([self._make_writable(tensor) for tensor in written]):
+            numbers = [None] * len(given)  # tensors in copied memory have new indices
+        writes = []
+        for tensor in written:
+            number = self.number(tensor)
+            memory = self._memory_of(tensor)
+            if varies and memory is not None:
+                memory.varies = True
+            if number not in writes:
+                writes.append(number)
+        return numbers, tuple(writes)
+
     def _is_constant(self, facts: Facts, args: Any, kwargs: Any) -> bool:
         """Returns True if an operation reads only constants and need not be traced."""
         if facts.is_recorded:
             return False
         if not facts.writes:
             return True
-        identities = [_identity(tensor) for tensor in _written(facts, args, kwargs)]
+        identities = [_identity(tensor) for tensor in _overwritten(facts, args, kwargs)]
         return all(at in self._fresh and at not in self._memories for at in identities)
 
     def _note_fresh(self, result: Any, given: list[Tensor]) -> None:
@@ -252,11 +265,6 @@ class Tracer(TorchDispatchMode):
             at = _identity(tensor)
             if at and at not in self._fresh and all(at != _identity(one) for one in given):
                 self._fresh[at] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call, unused-ignore]
-
-    def _note_varying(self, tensor: Tensor) -> None:
-        memory = self._memory_of(tensor)
-        if memory is not None:
-            memory.varies = True
 
     def _note_alias(self, result: Tensor, source: Tensor, number: int) -> None:
         """Gives the result of an operation that always returns its argument the index of this argument."""
@@ -272,8 +280,11 @@ class Tracer(TorchDispatchMode):
             if not varies or ACTIVE.audits or facts.is_static:
                 return
             expected, origin = result, self.shortcut or _line()
-        numbers = tuple([self._result(item, writes, varies) for item in outputs])
-        if expected is None and not writes and not any(number is not None for number in numbers):
+        if is_tensor:
+            numbers: tuple[int | None, ...] = (self._result(result, writes, varies),)
+        else:
+            numbers = tuple([self._result(item, writes, varies) for item in outputs])
+        if expected is None and not writes and numbers.count(None) == len(numbers):
             return  # the results are known views
         if varies and facts.is_shaped_by_values and not ACTIVE.audits and expected is None:
             origin, shapes = _line(), tuple(item.shape for item in outputs if isinstance(item, Tensor))
@@ -331,7 +342,7 @@ class Tracer(TorchDispatchMode):
         return number
 
 
-def _written(facts: Facts, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+def _overwritten(facts: Facts, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
     """Returns the tensors that a call overwrites."""
     values = [args[at] if at < len(args) else kwargs.get(name) for at, name in facts.writes]
     return list(tensors_in(values))
