@@ -21,11 +21,11 @@ STAGES: dict[str, tuple[Any, str]] = {
     "forward pass and graph, traced": (TracedRecording, "__init__"),
     "rules and query, traced": (PlannedMeasure, "_computed"),
     "simplification": (Simplifier, "__init__"),
-    "source": (Program, "__init__"),
+    "order of operations": (Program, "__init__"),
     "second run, with two samples": (Rerun, "shapes_of_two"),
     "search for samples": (recording, "find_samples"),
 }
-"""The method of each stage. A stage does not include stages that it calls."""
+"""The method of each stage. A stage does not include stages that it calls. A program is compiled in its first run."""
 
 
 def stages(run: Callable[[], object]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Programs return what the traced computation returns for other inputs.
 
-Covers: nrm_plugin.plan.simplify, nrm_plugin.plan.merging, nrm_plugin.plan.reshapes, nrm_plugin.plan.fused_norms.
+Covers: nrm_plugin.plan.simplify, nrm_plugin.plan.merging, nrm_plugin.plan.reshapes, nrm_plugin.plan.fused_norms,
+nrm_plugin.plan.operators.
 """
 
 from collections.abc import Callable
@@ -239,3 +240,12 @@ def test_a_broadcast_that_sets_the_shape_or_is_overwritten_later_remains():
 
     program = check(first, second, (3, 5))
     assert "aten.expand.default" in names(program)
+
+
+def test_a_program_is_compiled_when_it_first_runs():
+    program = program_of(lambda x: (x * 2,), lambda s, r: (r + s[0],), (2, 2))
+    assert "_code" not in vars(program)
+    _, state = program.forward([torch.ones(2, 2, dtype=torch.float64)])
+    code = program._code
+    program.relevance(state, [torch.ones(2, 2, dtype=torch.float64)])
+    assert program._code is code

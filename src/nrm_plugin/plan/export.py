@@ -19,7 +19,7 @@ from ..recording.recording import Reference
 from .planned_measure import PlannedMeasure, Settings, TracedRecording
 from .program import Program
 from .program_cache import Programs
-from .trace import Operation, Value, mapped
+from .trace import Operation
 
 aten = torch.ops.aten
 
@@ -149,11 +149,8 @@ class ExplainedModel(nn.Module):
         return {"outputs": outputs.clone(), "target": target, "relevance": relevance, "is_valid": is_valid}
 
     def _run(self, operations: Sequence[Operation], values: dict[int, Tensor], checks: list[Tensor]) -> None:
-        def read(value: Any) -> Any:
-            return values[value.number] if isinstance(value, Value) else value
-
         for one in operations:
-            args, kwargs = mapped(read, (one.args, one.kwargs))
+            args, kwargs = one.call.arguments([values[number] for number in one.reads])
             if one.expected is not None:
                 checks.append(_CHECKS[one.function](one.expected, *args))
                 continue

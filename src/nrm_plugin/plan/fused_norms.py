@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .trace import UNKNOWN, Operation, Trace, Value
+from .trace import HOLE, Operation, Trace, Value
 
 aten = torch.ops.aten
 BLOCK = 1 << 15
@@ -37,25 +36,29 @@ def fused(
     Returns:
         The remaining operations.
     """
-    uses = Counter(number for one in operations for number in one.reads) + Counter(results)
+    norms = [one for one in operations if one.call.facts.function is aten.native_batch_norm.default]
+    if not norms:
+        return operations
+    uses = Counter([number for one in operations for number in one.reads] + results)
     made = {number: one for one in operations for number in one.results if number is not None}
     written = {trace.memory(number) for one in operations for number in one.writes}
     images = _images(operations, constants)
     dropped: set[int] = set()
     replaced: dict[int, list[Operation]] = {}
-    for one in operations:
-        if one.function is not aten.native_batch_norm.default or one.args[5] or uses[one.args[0].number] != 1:
+    for one in norms:
+        norm = one.args
+        if norm[5] or uses[norm[0].number] != 1:
             continue
-        layer = made.get(one.args[0].number)
-        if layer is None or layer.function is not aten.convolution.default or layer.args[6]:
+        layer = made.get(norm[0].number)
+        if layer is None or layer.function is not aten.convolution.default or layer.call.args[6]:
             continue
-        if trace.memory(one.args[0].number) in written or any(number in uses for number in one.results[1:]):
+        if trace.memory(norm[0].number) in written or any(number in uses for number in one.results[1:]):
             continue
-        values = [None if v is None else constants.get(v.number) for v in (*layer.args[1:3], *one.args[1:5])]
-        given = (*layer.args[1:3], *one.args[1:5])
+        given = (*layer.args[1:3], *norm[1:5])
+        values = [None if v is None else constants.get(v.number) for v in given]
         if any(v is not None and actual is None for v, actual in zip(given, values, strict=True)):
             continue
-        fusion = _Fusion(values, one.args[7])
+        fusion = _Fusion(values, norm[7])
         dropped.add(id(layer))
         replaced[id(one)] = _layer(one, layer, fusion, images, trace, constants, dropped)
     rest: list[Operation] = []
@@ -120,13 +123,17 @@ def _images(operations: list[Operation], constants: dict[int, Tensor]) -> dict[A
     """Returns the convolutions without bias that rules compute, keyed by input and options."""
     convolutions: dict[Any, list[Operation]] = {}
     for one in operations:
-        if one.function is aten.convolution.default and one.args[2] is None and one.args[1].number in constants:
+        if (
+            one.call.facts.function is aten.convolution.default
+            and one.call.args[2] is None
+            and one.reads[1] in constants
+        ):
             convolutions.setdefault(_settings(one), []).append(one)
     return convolutions
 
 
 def _settings(one: Operation) -> Any:
-    return one.args[0].number, tuple(tuple(v) if isinstance(v, list) else v for v in one.args[3:])
+    return one.reads[0], tuple(tuple(v) if isinstance(v, list) else v for v in one.call.args[3:])
 
 
 def _layer(
@@ -144,16 +151,16 @@ def _layer(
     """
     output = norm.results[0]
     for image in images.get(_settings(layer), ()):
-        other = constants[image.args[1].number]
+        other = constants[image.reads[1]]
         if fusion.is_close(other):
             dropped.add(id(image))
             shaped = fusion.bias.reshape(-1, *(1,) * (other.ndim - 2))
             shift = _constant(shaped, trace, constants)
-            add = Operation(aten.add.Tensor, (Value(image.results[0]), Value(shift)), {}, (output,))  # type: ignore[arg-type]
+            add = trace.operation(aten.add.Tensor, (Value(image.results[0]), Value(shift)), (output,))  # type: ignore[arg-type]
             return [image, add]
     number, shift = _constant(fusion.weight(), trace, constants), _constant(fusion.bias, trace, constants)
-    args = (layer.args[0], Value(number), Value(shift), *layer.args[3:])
-    return [replace(layer, args=args, results=(output,), reads=UNKNOWN)]
+    call = trace.call(layer.call.facts, (HOLE, HOLE, HOLE, *layer.call.args[3:]), {})
+    return [layer.changed((layer.reads[0], number, shift), (output,), (), call)]
 
 
 def _constant(value: Tensor, trace: Trace, constants: dict[int, Tensor]) -> int:

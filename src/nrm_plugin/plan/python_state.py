@@ -21,6 +21,8 @@ _LARGEST = 1 << 16
 CONTAINERS = (dict, OrderedDict, list, set, tuple)
 """Containers that are compared item by item, with the attributes of the module to which they belong."""
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, np.generic)
+_SETTLED = (*_PLAIN, types.ModuleType)
+"""Types of objects that are compared by identity alone."""
 _PASSED_OVER = frozenset("torch numpy logging threading weakref _weakrefset zennit captum nrm_plugin builtins".split())
 """Packages whose objects are compared elsewhere or do not affect what a model computes."""
 _SKIPPED = frozenset(
@@ -60,7 +62,7 @@ class PythonState:
         self._given, self._compared = frozenset(known), set[int]()
         while waiting and len(seen) < MOST:
             for item in self._note(waiting.popleft()):
-                if id(item) not in known and not isinstance(item, (*_PLAIN, types.ModuleType)):
+                if id(item) not in known and not isinstance(item, _SETTLED):
                     known.add(id(item))
                     seen.append(item)
                     waiting.append(item)
@@ -75,6 +77,8 @@ class PythonState:
 
     def _note(self, value: Any) -> Iterable[Any]:
         """Stores the contents of an object for later comparison and returns them."""
+        if type(value) in CONTAINERS and not value and id(value) in self._compared:
+            return ()  # most tables of hooks
         if isinstance(value, Tensor):
             self.tensors.append(value)
             return ()

@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from .trace import UNKNOWN, Operation, Trace, Value, mapped
+from .trace import HOLE, Operation, Trace, Value
 
 aten = torch.ops.aten
-ELEMENTWISE = frozenset(
-    getattr(aten, name)
-    for name in """
-    mul add sub div neg abs sign copysign reciprocal maximum minimum nan_to_num clamp clamp_min clamp_max relu where
-    sqrt square addcmul addcdiv ne eq ge gt le lt logical_and logical_or bitwise_not bitwise_and zeros_like ones_like
-    mul_ add_ sub_ div_ neg_ abs_ reciprocal_ nan_to_num_ clamp_ clamp_min_ relu_ addcmul_ masked_fill masked_fill_
-    """.split()
-)
-"""Elementwise operations."""
-
-
-_REDUCTIONS = frozenset(map(id, [aten.sum.dim_IntList, aten.mean.dim, aten.amin.default, aten.amax.default]))
-"""Reductions over dimensions, given by ``id``. Hashing PyTorch operations is slow."""
 
 
 class ViewRemover:
@@ -48,8 +34,8 @@ class ViewRemover:
                 self._root[one.results[0]] = self._root.get(source, source)
                 continue
             stripped = self._stripped(one)
-            made = one.renamed(self._made_view) if stripped is None else stripped
-            if made.function is aten.expand.default and made.results[0] is not None and made.reads:
+            made = self._unstripped(one) if stripped is None else stripped
+            if made.call.facts.function is aten.expand.default and made.results[0] is not None and made.reads:
                 self._note_broadcast(made.results[0], made.reads[0])
             self._written.append(self._unexpanded(made))
         renamed = [self._made_view(number) for number in results]
@@ -72,6 +58,12 @@ class ViewRemover:
         is_same = new[2:] == old[2:] and math.prod(new[0]) == math.prod(old[0]) > 0
         return source if is_same and _is_contiguous(new) and _is_contiguous(old) else None
 
+    def _unstripped(self, one: Operation) -> Operation:
+        """Returns an operation that reads tensors in their traced shapes."""
+        if self._root.keys().isdisjoint(one.reads):
+            return one
+        return one.renamed({number: self._made_view(number) for number in one.reads})
+
     def _made_view(self, number: int) -> int:
         """Returns the index of a tensor in its traced shape, creating the view if necessary."""
         root = self._root.get(number)
@@ -82,7 +74,7 @@ class ViewRemover:
         if number not in self._made:
             self._made.add(number)
             shape = list(self.trace.forms[number][0])
-            self._written.append(Operation(aten.view.default, (Value(root), shape), {}, (number,)))
+            self._written.append(self.trace.operation(aten.view.default, (Value(root), shape), (number,)))
         return number
 
     # -- leading dimensions of size one ---------------------------------------------------------------------------
@@ -92,9 +84,10 @@ class ViewRemover:
 
         All arguments must exist without this dimension.
         """
-        if one.function is aten.expand.default or id(one.function) in _REDUCTIONS:
+        facts = one.call.facts
+        if facts.is_reduction or facts.function is aten.expand.default:
             return self._stripped_of_one(one)
-        if one.function.overloadpacket not in ELEMENTWISE or len(one.results) != 1 or one.shapes is not None:
+        if not facts.is_elementwise or len(one.results) != 1 or one.shapes is not None:
             return None
         number = one.results[0]
         if number is None or len(one.writes) > 1 or (one.writes and one.writes[0] != number):
@@ -102,36 +95,27 @@ class ViewRemover:
         form = self.trace.forms[number]
         if len(form[0]) < 2 or form[0][0] != 1 or not _is_contiguous(form):
             return None
-        read = list(dict.fromkeys(one.reads))
-        without = {n: self._without(n, len(form[0])) for n in read}
-        if any(new is None for new in without.values()) or not any(new != n for n, new in without.items()):
+        without: dict[int, int] = {}
+        for read in one.reads:
+            if read not in without:
+                new = self._without(read, len(form[0]))
+                if new is None:
+                    return None
+                without[read] = new
+        if all(new == read for read, new in without.items()):
             return None
-
-        def renamed(value: Any) -> Any:
-            return Value(without[value.number]) if isinstance(value, Value) else value  # type: ignore[arg-type]
-
-        args, kwargs = mapped(renamed, (one.args, one.kwargs))
-        if one.writes:
-            made = without[number]
-            assert made is not None
-        else:
-            made = self._new(number)
-        return replace(
-            one,
-            args=args,
-            kwargs=kwargs,
-            results=(made,),
-            writes=(made,) if one.writes else (),
-            reads=UNKNOWN,
-        )
+        made = without[number] if one.writes else self._new(number)
+        reads = tuple([without[read] for read in one.reads])
+        return one.changed(reads, (made,), (made,) if one.writes else ())
 
     def _stripped_of_one(self, one: Operation) -> Operation | None:
         """Returns a broadcast, or a reduction over other dimensions, without its leading dimension, or None."""
         number = one.results[0]
-        if number is None or one.kwargs or len(one.args) < 2 or not isinstance(one.args[1], (list, tuple)):
+        args = one.call.args
+        if number is None or one.call.kwargs or len(args) < 2 or not isinstance(args[1], (list, tuple)):
             return None
-        source, sizes, *rest = one.args
-        before = self.trace.forms[source.number][0]
+        (source,), (_, sizes, *rest) = one.reads, args
+        before = self.trace.forms[source][0]
         if len(before) < 2 or before[0] != 1 or self.trace.forms[number][0][:1] != (1,):
             return None
         if one.function is aten.expand.default:
@@ -139,11 +123,11 @@ class ViewRemover:
             sizes = sizes[1:]
         else:
             is_inner = bool(sizes) and all(-len(before) < size < 0 for size in sizes)
-        root = self._root.get(source.number, source.number)
+        root = self._root.get(source, source)
         if not is_inner or self.trace.forms[root][0] != before[1:]:
             return None
-        made = self._new(number)
-        return replace(one, args=(Value(root), sizes, *rest), results=(made,), reads=UNKNOWN)
+        call = self.trace.call(one.call.facts, (HOLE, sizes, *rest), {})
+        return one.changed((root,), (self._new(number),), (), call)
 
     # -- broadcasts -----------------------------------------------------------------------------------------------
 
@@ -153,7 +137,7 @@ class ViewRemover:
 
     def _unexpanded(self, one: Operation) -> Operation:
         """Returns an elementwise operation that reads tensors before broadcasting, if its result stays the same."""
-        if one.function.overloadpacket not in ELEMENTWISE or not any(number in self._narrow for number in one.reads):
+        if not one.call.facts.is_elementwise or self._narrow.keys().isdisjoint(one.reads):
             return one
         forms = self.trace.forms
         number = one.results[0] if len(one.results) == 1 else None
@@ -163,13 +147,8 @@ class ViewRemover:
         if not any(_is_contiguous(forms[n]) for n in wide):
             return one  # the memory layout of the result may differ
 
-        def narrow(value: Any) -> Any:
-            if not isinstance(value, Value) or value.number not in self._narrow or value.number in one.writes:
-                return value
-            return Value(self._narrow[value.number])
-
-        args, kwargs = mapped(narrow, (one.args, one.kwargs))
-        return replace(one, args=args, kwargs=kwargs, reads=UNKNOWN)
+        reads = [n if n in one.writes else self._narrow.get(n, n) for n in one.reads]
+        return one.changed(tuple(reads), one.results, one.writes)
 
     def _without(self, number: int, ndim: int) -> int | None:
         """Returns the index of the tensor that equals tensor ``number`` without its leading dimension, or None.
@@ -209,4 +188,4 @@ def _is_contiguous(form: Any) -> bool:
     return True
 
 
-__all__ = ["ELEMENTWISE", "ViewRemover"]
+__all__ = ["ViewRemover"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from .fused_norms import fused
 from .merging import Merger
 from .reshapes import ViewRemover
-from .trace import FILLED, Operation, Trace, Value, is_drawn, mapped, needed
+from .trace import Operation, Trace, needed
 
 STORED = 1 << 14
 """Maximum number of elements of a filled tensor that is stored rather than created in each run."""
@@ -42,14 +41,14 @@ class Simplifier:
         self.trace = replace(trace, forms=dict(trace.forms), aliases=dict(trace.aliases))
         self.constants: dict[int, Tensor] = dict(trace.constants)
         self.results: list[int] = []
-        operations = needed(trace.operations, results, self.trace.memory)
-        self.reason_not_replayable = next(filter(None, map(self._overwritten, operations)), "")
+        roots = self.trace.roots()
+        operations = needed(trace.operations, results, roots)
+        self.reason_not_replayable = self._overwritten(operations, roots)
         if not self.reason_not_replayable:
             # After folding, a tensor that depends only on the shape of random numbers is a constant.
-            operations = needed(self._folded(operations), results, self.trace.memory)
-            self.reason_not_replayable = next(
-                (f"the model draws random numbers ({o.function})" for o in operations if is_drawn(o)), ""
-            )
+            operations = needed(self._folded(operations, roots), results, roots)
+            drawn = (o.function for o in operations if o.call.facts.draws)
+            self.reason_not_replayable = next((f"the model draws random numbers ({one})" for one in drawn), "")
         if self.reason_not_replayable:
             self.operations, self.constants = [], {}
             return
@@ -62,24 +61,40 @@ class Simplifier:
         read = {number for one in self.operations for number in one.reads} | set(self.results)
         self.constants = {number: value for number, value in self.constants.items() if number in read}
 
-    def _overwritten(self, one: Operation) -> str:
-        """Returns why an operation cannot be replayed: it writes to an input or a weight. Empty if it can."""
-        given = (self.trace.memory(number) for number in one.writes)
-        if any(number in self.constants or number in self.trace.placeholders for number in given):
-            return f"the model overwrites one of its inputs or weights ({one.function})"
+    def _overwritten(self, operations: list[Operation], roots: list[int]) -> str:
+        """Returns why operations cannot be replayed: one writes to an input or a weight. Empty if they can."""
+        given = {*self.constants, *self.trace.placeholders}
+        for one in operations:
+            if one.writes and not given.isdisjoint([roots[number] for number in one.writes]):
+                return f"the model overwrites one of its inputs or weights ({one.function})"
         return ""
 
     def _merged(self, operations: list[Operation], results: list[int]) -> tuple[list[Operation], list[int]]:
         merger = Merger(self.trace, self.constants, results)
         operations, results = merger.merged(operations)
-        return needed(operations, results, self.trace.memory), results
+        return needed(operations, results, self.trace.roots()), results
 
     # -- constants ------------------------------------------------------------------------------------------------
 
-    def _folded(self, operations: list[Operation]) -> list[Operation]:
+    def _folded(self, operations: list[Operation], roots: list[int]) -> list[Operation]:
         """Evaluates all operations on constants. Returns the remaining operations."""
-        memory = self.trace.memory
-        varying = {memory(number) for number in self.trace.placeholders}
+        varying = self._varying(operations, roots)
+        written = {roots[number] for one in operations for number in one.writes}
+        rest: list[Operation] = []
+        made: set[int | None] = set()
+        with torch.no_grad():
+            for varies, one in zip(varying, operations, strict=True):
+                if not varies:
+                    self._compute(one)
+                if varies or self._is_made_each_time(one, roots, written):
+                    rest.append(one)
+                    made.update(one.results)
+        self.constants = {number: value for number, value in self.constants.items() if number not in made}
+        return rest
+
+    def _varying(self, operations: list[Operation], roots: list[int]) -> list[bool]:
+        """Returns whether each operation depends on a placeholder or draws random numbers."""
+        varying = {roots[number] for number in self.trace.placeholders}
         marked = [False] * len(operations)
         is_changed = True
         while is_changed:  # an overwritten group is variable as a whole, even before it is overwritten
@@ -87,38 +102,29 @@ class Simplifier:
             for index, one in enumerate(operations):
                 if marked[index]:
                     continue
-                results = [memory(number) for number in one.results if number is not None]
-                reads = () if one.function.overloadpacket in FILLED else one.reads
-                if not is_drawn(one) and varying.isdisjoint(results) and varying.isdisjoint(map(memory, reads)):
+                facts = one.call.facts
+                results = [roots[number] for number in one.results if number is not None]
+                if (
+                    (facts.is_filled or varying.isdisjoint([roots[number] for number in one.reads]))
+                    and varying.isdisjoint(results)
+                    and not facts.draws
+                ):
                     continue
                 marked[index] = True
-                is_changed = is_changed or not varying.issuperset(map(memory, one.writes))
-                varying.update(results, map(memory, one.writes))
-        written = {memory(number) for one in operations for number in one.writes}
-        rest: list[Operation] = []
-        made: set[int | None] = set()
-        for varies, one in zip(marked, operations, strict=True):
-            if not varies:
-                self._compute(one)
-            if varies or self._is_made_each_time(one, written):
-                rest.append(one)
-                made.update(one.results)
-        self.constants = {number: value for number, value in self.constants.items() if number not in made}
-        return rest
+                writes = [roots[number] for number in one.writes]
+                is_changed = is_changed or not varying.issuperset(writes)
+                varying.update(results, writes)
+        return marked
 
-    def _is_made_each_time(self, one: Operation, written: set[int]) -> bool:
+    def _is_made_each_time(self, one: Operation, roots: list[int], written: set[int]) -> bool:
         number = one.results[0] if len(one.results) == 1 else None
-        if one.function.overloadpacket not in FILLED or number is None or self.trace.memory(number) in written:
+        if not one.call.facts.is_filled or number is None or roots[number] in written:
             return False
         return bool(math.prod(self.trace.forms[number][0]) > STORED)
 
     def _compute(self, one: Operation) -> None:
-        def stored(value: Any) -> Any:
-            return self._stored(value.number, one) if isinstance(value, Value) else value
-
-        args, kwargs = mapped(stored, (one.args, one.kwargs))
-        with torch.no_grad():
-            result = one.function(*args, **kwargs)
+        args, kwargs = one.call.arguments([self._stored(number, one) for number in one.reads])
+        result = one.function(*args, **kwargs)
         for number, item in zip(one.results, result if one.is_sequence else [result], strict=True):
             if number is not None:
                 self.constants[number] = item
@@ -127,7 +133,7 @@ class Simplifier:
         """Returns a constant or, if only the shape of a varying tensor is read, an expanded scalar."""
         if number in self.constants:
             return self.constants[number]
-        assert one.function.overloadpacket in FILLED, f"{one.function} reads a tensor that is not constant"
+        assert one.call.facts.is_filled, f"{one.function} reads a tensor that is not constant"
         shape, _, _, dtype, device, *_ = self.trace.forms[number]
         return torch.empty((), dtype=dtype, device=device).expand(shape)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .operators import Facts, facts_of
 
 
 class Value:
@@ -18,27 +20,57 @@ class Value:
     def __init__(self, number: int) -> None:
         self.number = number
 
-    def __eq__(self, other: object) -> bool:
-        return other.__class__ is Value and other.number == self.number
-
-    def __hash__(self) -> int:
-        return self.number
-
     def __repr__(self) -> str:
         return f"v{self.number}"
 
 
-UNKNOWN: Any = object()
+HOLE: Any = type("Hole", (), {"__slots__": (), "__repr__": lambda self: "·"})()
+"""Placeholder for a tensor in the arguments of a :class:`Call`."""
+
+_PLAIN = frozenset(
+    [int, bool, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Generator]
+)
+"""Types of arguments that are not tensors and contain none."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
+class Call:
+    """A torch operator and its arguments except tensors. All equal calls of a trace are the same object.
+
+    Attributes:
+        facts: Properties of the operator.
+        args: Positional arguments, with :data:`HOLE` in place of each tensor.
+        kwargs: Keyword arguments, with :data:`HOLE` in place of each tensor.
+        is_comparable: Whether equal calls are the same object. False if an argument cannot be hashed.
+    """
+
+    facts: Facts
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    is_comparable: bool = True
+
+    def arguments(self, tensors: Iterable[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the positional and keyword arguments with the given items in place of tensors."""
+        items = iter(tensors)
+        args = tuple([_filled(value, items) for value in self.args])
+        return args, {key: _filled(value, items) for key, value in self.kwargs.items()}
+
+
+def _filled(value: Any, items: Iterator[Any]) -> Any:
+    if value is HOLE:
+        return next(items)
+    if isinstance(value, (list, tuple)):
+        return type(value)([_filled(item, items) for item in value])
+    return value
+
+
+@dataclass(slots=True, eq=False)
 class Operation:
     """One tensor operation in a trace.
 
     Attributes:
-        function: The torch operator that was called.
-        args: Positional arguments, with a :class:`Value` in place of each tensor.
-        kwargs: Keyword arguments, with a :class:`Value` in place of each tensor.
+        call: The operator and its arguments except tensors.
+        reads: Indices of the tensors among the arguments, in order.
         results: Indices of the returned tensors, with None in place of other return values.
         is_sequence: Whether the operation returned several tensors.
         writes: Indices of the overwritten tensors.
@@ -47,82 +79,111 @@ class Operation:
         shapes: Shapes of the results if they depend on values, or None. A replay must reproduce them.
         origin: Where ``expected`` or ``shapes`` was needed: the shortcut (a computation that is valid only under a
             condition on values) whose condition was evaluated, or the line of code that read the value.
-        reads: Indices of the tensors among the arguments.
         query: Index of the query that executed the operation, or 0 for the recording.
     """
 
-    function: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    call: Call
+    reads: tuple[int, ...]
     results: tuple[int | None, ...]
     is_sequence: bool = False
     writes: tuple[int, ...] = ()
     expected: Any = None
     shapes: tuple[torch.Size, ...] | None = None
     origin: str = ""
-    reads: tuple[int, ...] = UNKNOWN
     query: int = 0
 
-    def __post_init__(self) -> None:
-        if self.reads is UNKNOWN:
-            self.reads = tuple(numbers_in((*self.args, *self.kwargs.values())))
+    @property
+    def function(self) -> Any:
+        """The torch operator that was called."""
+        return self.call.facts.function
 
-    def renamed(self, new: Callable[[int], int]) -> Operation:
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """Positional arguments, with a :class:`Value` in place of each tensor."""
+        return self.call.arguments(map(Value, self.reads))[0]
+
+    def changed(
+        self,
+        reads: tuple[int, ...],
+        results: tuple[int | None, ...],
+        writes: tuple[int, ...],
+        call: Call | None = None,
+    ) -> Operation:
+        """Returns the operation with other tensors."""
+        facts = (self.expected, self.shapes, self.origin, self.query)
+        return Operation(call or self.call, reads, results, self.is_sequence, writes, *facts)
+
+    def renamed(self, new: dict[int, int]) -> Operation:
         """Returns the operation with new indices for the tensors that it reads. Its results keep their indices."""
-        numbers = {number: new(number) for number in self.reads}
-        if all(number == other for number, other in numbers.items()):
-            return self
-
-        def changed(value: Any) -> Any:
-            return Value(numbers[value.number]) if value.__class__ is Value else value
-
-        args, kwargs = mapped(changed, (self.args, self.kwargs))
-        writes = tuple(numbers[number] for number in self.writes)
-        results = tuple(numbers[n] if n in self.writes else n for n in self.results)
-        facts = (self.expected, self.shapes, self.origin, UNKNOWN, self.query)
-        return Operation(self.function, args, kwargs, results, self.is_sequence, writes, *facts)
+        reads = tuple([new.get(number, number) for number in self.reads])
+        if not self.writes:
+            return self.changed(reads, self.results, ())
+        writes = tuple([new.get(number, number) for number in self.writes])
+        results = tuple([new.get(n, n) if n in self.writes else n for n in self.results])
+        return self.changed(reads, results, writes)
 
 
-def needed(operations: Sequence[Operation], results: Iterable[int], memory: Callable[[int], int]) -> list[Operation]:
+def needed(operations: Sequence[Operation], results: Iterable[int], roots: Sequence[int]) -> list[Operation]:
     """Returns the operations needed to compute the given results, or the values that Python reads.
 
     Args:
         operations: The operations to filter.
         results: Indices of the result tensors.
-        memory: Function that identifies the memory of a tensor; see :meth:`Trace.memory`.
+        roots: Number of the memory of each tensor; see :meth:`Trace.roots`.
     """
     live: set[int | None] = set(results)
-    memories = {memory(number) for number in live if number is not None}
+    memories = {roots[number] for number in live if number is not None}
     kept: list[Operation] = []
+    root = roots.__getitem__
     for one in reversed(operations):
         if (
             not live.isdisjoint(one.results)
+            or (one.writes and not memories.isdisjoint(map(root, one.writes)))
             or one.expected is not None
             or one.shapes is not None
-            or (one.writes and not memories.isdisjoint(map(memory, one.writes)))
         ):
             kept.append(one)
             live.update(one.reads)
-            memories.update(map(memory, one.reads))
-    return kept[::-1]
+            memories.update(map(root, one.reads))
+    kept.reverse()
+    return kept
 
 
-def numbers_in(values: Iterable[Any]) -> Iterator[int]:
-    """Yields the indices of the tensors in nested arguments."""
+def tensors_among(values: Iterable[Any], found: list[Any]) -> None:
+    """Appends the tensors, or their placeholders, among the arguments of an operator to a list."""
     for value in values:
-        if value.__class__ is Value:
-            yield value.number
-        elif isinstance(value, (tuple, list)):
-            yield from numbers_in(value)
+        kind = value.__class__
+        if kind is Tensor or kind is Value:
+            found.append(value)
+        elif kind is list or kind is tuple:
+            if value and value[0].__class__ is not int:  # an operator has no list of both numbers and tensors
+                tensors_among(value, found)
+        elif kind not in _PLAIN and isinstance(value, Tensor):
+            found.append(value)
 
 
-def mapped(change: Callable[[Any], Any], value: Any) -> Any:
-    """Applies a function to every leaf of nested arguments."""
-    if isinstance(value, (tuple, list)):
-        return type(value)([mapped(change, item) for item in value])
-    if isinstance(value, dict):
-        return {key: mapped(change, item) for key, item in value.items()}
-    return change(value)
+def argument_key(value: Any) -> Any:
+    """Returns a hashable key of an argument in which all tensors are equal."""
+    kind = value.__class__
+    if kind is int or kind is bool:
+        return (kind, value)
+    if value is None:
+        return None
+    if kind is Value or kind is Tensor:
+        return HOLE
+    if kind is float:
+        return (kind, value.hex())  # 0.0 equals -0.0
+    if kind is list or kind is tuple:
+        if value and value[0].__class__ is int:
+            return (kind, *value)
+        return (kind, *[argument_key(item) for item in value])
+    return HOLE if value is HOLE or isinstance(value, Tensor) else (kind, value)
+
+
+def _holed(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)([_holed(item) for item in value])
+    return HOLE if value.__class__ is Value or isinstance(value, Tensor) else value
 
 
 @dataclass
@@ -137,6 +198,7 @@ class Trace:
         aliases: Index of the earlier tensor with which each tensor may share memory.
         count: Number of tensors.
         reasons_not_replayable: Reasons why the operations cannot be replayed for other values.
+        calls: The distinct calls of the operations, keyed by operator and arguments.
     """
 
     operations: list[Operation] = field(default_factory=list)
@@ -146,6 +208,7 @@ class Trace:
     aliases: dict[int, int] = field(default_factory=dict)
     count: int = 0
     reasons_not_replayable: list[str] = field(default_factory=list)
+    calls: dict[Any, Call] = field(default_factory=dict)
 
     def memory(self, number: int) -> int:
         """Returns the index of the first tensor that may share memory with a tensor. It identifies the memory."""
@@ -153,26 +216,36 @@ class Trace:
             number = self.aliases[number]
         return number
 
+    def roots(self) -> list[int]:
+        """Returns :meth:`memory` of all tensors, in order of their indices."""
+        roots = list(range(self.count))
+        for number in self.aliases:
+            roots[number] = self.memory(number)
+        return roots
 
-FILLED = frozenset(
-    getattr(torch.ops.aten, name)
-    for name in """
-    new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like zeros ones full empty empty_strided
-    new_empty_strided
-    """.split()
-)
-"""Operations that create tensors and read at most the shape of an argument."""
+    def call(self, facts: Facts, args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
+        """Returns the call of an operator with the given arguments, whatever tensors are among them."""
+        key: Any = [id(facts.function), *[HOLE if v.__class__ is Tensor else argument_key(v) for v in args]]
+        if kwargs:
+            key.append(tuple([(name, argument_key(value)) for name, value in sorted(kwargs.items())]))
+        key = tuple(key)
+        try:
+            known = self.calls.get(key)
+        except TypeError:
+            known, key = None, None
+        if known is None:
+            known = Call(facts, _holed(tuple(args)), {name: _holed(value) for name, value in kwargs.items()})
+            if key is None:
+                known.is_comparable = False
+            else:
+                self.calls[key] = known
+        return known
+
+    def operation(self, function: Any, args: Sequence[Any], results: tuple[int | None, ...]) -> Operation:
+        """Returns an operation, given its arguments with a :class:`Value` in place of each tensor."""
+        found: list[Value] = []
+        tensors_among(args, found)
+        return Operation(self.call(facts_of(function), args, {}), tuple([one.number for one in found]), results)
 
 
-def is_drawn(one: Operation) -> bool:
-    """Returns True if an operation draws random numbers."""
-    return draws(one.function)
-
-
-def draws(function: Any) -> bool:
-    """Returns True if a torch operator draws random numbers."""
-    return torch.Tag.nondeterministic_seeded in function.tags and not str(function).startswith(_DETERMINISTIC)
-
-
-_DETERMINISTIC = ("aten._scaled_dot_product", "aten.native_dropout")
-"""Operations that draw random numbers only in training mode. Measures are computed in evaluation mode."""
+__all__ = ["HOLE", "Call", "Operation", "Trace", "Value", "argument_key", "needed", "tensors_among"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..model.nested_tensors import tensors_in
 from ..model.trace_guards import ACTIVE
-from .trace import FILLED, Operation, Trace, Value, draws
+from .operators import FACTS, Facts, facts_of
+from .trace import Operation, Trace, Value, tensors_among
 
 aten = torch.ops.aten
 
@@ -28,16 +29,18 @@ class _Memory:
     Attributes:
         root: Index of the first tensor in the block.
         is_traced: Whether operations of the trace write to the block. Otherwise, it is constant.
-        views: The known tensors in this memory, keyed by shape, strides, offset and dtype.
+        views: Indices of the known tensors in this memory, keyed by shape, strides, offset and dtype.
         reference: A weak reference that prevents the id of the memory from being reused.
+        varies: Whether the block depends on a placeholder.
         copy: Index of a flat tensor of the whole memory, created when a constant is overwritten, or None.
         is_overwritten: Whether the block contains an overwritten weight or buffer. Constants in it are then copies.
     """
 
     root: int
     is_traced: bool
-    views: dict[Any, Value]
+    views: dict[Any, int]
     reference: StorageWeakRef | None
+    varies: bool = False
     copy: int | None = None
     is_overwritten: bool = False
 
@@ -60,8 +63,7 @@ class Tracer(TorchDispatchMode):
         self.trace = Trace()
         self.shortcut = ""
         self.query = 0
-        self._tensors: dict[int, tuple[weakref.ref[Tensor], Value, _Memory]] = {}
-        self._varying: set[int] = set()
+        self._tensors: dict[int, tuple[weakref.ref[Tensor], int, _Memory]] = {}
         self._memories: dict[int, _Memory] = {}
         self._fresh: dict[int, StorageWeakRef] = {}
         self._watch = EscapeWatch(self)
@@ -94,51 +96,47 @@ class Tracer(TorchDispatchMode):
 
     def placeholder(self, tensor: Tensor) -> int:
         """Declares a tensor whose values vary between runs. Returns its index."""
-        number = self._new(tensor, is_traced=True).number
+        number, memory = self._new(tensor, True, _identity(tensor))
         self.trace.placeholders.append(number)
-        self._vary(number)
+        memory.varies = True
         return number
 
     def number(self, tensor: Tensor) -> int:
         """Returns the index of a tensor. An unknown tensor is added as a constant."""
-        return self._value(tensor).number
+        known = self._known(tensor, _identity(tensor))
+        return self._constant(tensor) if known is None else known
 
     def varies(self, tensor: Tensor) -> bool:
         """Returns True if a tensor depends on a placeholder."""
         memory = self._memory_of(tensor)
-        return memory is not None and memory.root in self._varying
-
-    def _vary(self, number: int) -> None:
-        self._varying.add(self.trace.memory(number))
+        return memory is not None and memory.varies
 
     def _memory_of(self, tensor: Tensor) -> _Memory | None:
-        known = self._by_object(tensor)
-        return self._memories.get(_identity(tensor)) if known is None else known[1]
-
-    def _by_object(self, tensor: Tensor) -> tuple[Value, _Memory] | None:
-        """Returns the index and memory of a known tensor object, or None if it has been assigned other memory."""
-        known = self._tensors.get(id(tensor))
-        if known is None or known[0]() is not tensor:
-            return None
         at = _identity(tensor)
-        return known[1:] if not at or self._memories.get(at) is known[2] else None
+        if at:
+            return self._memories.get(at)
+        known = self._tensors.get(id(tensor))
+        return known[2] if known is not None and known[0]() is tensor else None
 
-    def _value(self, tensor: Tensor) -> Value:
-        return self._known(tensor) or self._constant(tensor)
-
-    def _constant(self, tensor: Tensor) -> Value:
-        value = self._new(tensor, is_traced=False)
+    def _constant(self, tensor: Tensor) -> int:
+        number, _ = self._new(tensor, False, _identity(tensor))
         # Detached, since a tensor may be assigned new memory later: canonizers restore weights and buffers through
         # ``.data``.
-        self.trace.constants[value.number] = tensor.detach()
-        return value
+        self.trace.constants[number] = tensor.detach()
+        return number
 
-    def _known(self, tensor: Tensor) -> Value | None:
-        """Returns the index of a tensor of the trace, or None if it is unknown."""
-        known = self._by_object(tensor)
-        if known is not None:
-            return known[0]
-        memory = self._memories.get(_identity(tensor))
+    def _known(self, tensor: Tensor, at: int) -> int | None:
+        """Returns the index of a tensor of the trace, or None if it is unknown.
+
+        Args:
+            tensor: The tensor.
+            at: Id of its memory; see :func:`_identity`.
+        """
+        memory = self._memories.get(at)
+        known = self._tensors.get(id(tensor))
+        # A tensor object may have been assigned other memory since.
+        if known is not None and known[0]() is tensor and (known[2] is memory or not at):
+            return known[1]
         if memory is None:
             return None
         # Some PyTorch functions, such as ``nn.Parameter``, create a new object for a tensor without dispatch.
@@ -149,28 +147,27 @@ class Tracer(TorchDispatchMode):
             self._tensors[id(tensor)] = (weakref.ref(tensor), view, memory)
         return view
 
-    def _new(self, tensor: Tensor, is_traced: bool) -> Value:
-        """Adds a tensor to the trace. Returns its index."""
+    def _new(self, tensor: Tensor, is_traced: bool, at: int) -> tuple[int, _Memory]:
+        """Adds a tensor to the trace. Returns its index and its memory."""
         trace = self.trace
-        value = Value(trace.count)
+        number = trace.count
         trace.count += 1
-        trace.forms[value.number] = form = _form(tensor)
-        at = _identity(tensor)
+        trace.forms[number] = form = _form(tensor)
         memory = self._memories.get(at)
         if memory is None:
             reference = StorageWeakRef(tensor.untyped_storage()) if at else None  # type: ignore[no-untyped-call, unused-ignore]
-            memory = _Memory(value.number, is_traced, {}, reference)
+            memory = _Memory(number, is_traced, {form: number}, reference)
             if at:
                 self._memories[at] = memory
         else:
-            trace.aliases[value.number] = memory.root
+            trace.aliases[number] = memory.root
+            memory.views[form] = number
             if not is_traced and memory.is_traced:
                 trace.reasons_not_replayable.append(
                     "a tensor shares memory with computed values in a way that was not traced"
                 )
-        memory.views[form] = value
-        self._tensors[id(tensor)] = (weakref.ref(tensor), value, memory)
-        return value
+        self._tensors[id(tensor)] = (weakref.ref(tensor), number, memory)
+        return number, memory
 
     # -- values that the computation reads ------------------------------------------------------------------------
 
@@ -187,112 +184,131 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunction():  # otherwise, EscapeWatch would observe all attribute accesses here
-            return self._dispatched(function, args, kwargs or {})
-
-    def _dispatched(self, function: Any, args: Any, kwargs: Any) -> Any:
-        facts = _facts(function)
-        numbered: dict[int, Value] = {}
-        is_traced = self._look_up(args, numbered) if args else False
-        if kwargs and self._look_up(kwargs.values(), numbered):
-            is_traced = True
-        if not is_traced and self._is_constant(facts, args, kwargs):
+            facts = FACTS.get(id(function)) or facts_of(function)
+            kwargs = kwargs or {}
+            given: list[Tensor] = []
+            tensors_among(args, given)
+            if kwargs:
+                tensors_among(kwargs.values(), given)
+            numbers, is_traced, varies = self._looked_up(given)
+            if not is_traced and self._is_constant(facts, args, kwargs):
+                result = function(*args, **kwargs)
+                if facts.makes_memory:
+                    self._note_fresh(result, given)
+                return result
+            writes: tuple[int, ...] = ()
+            if facts.writes:
+                numbers, writes = self._written(_overwritten(facts, args, kwargs), given, numbers, varies)
+            reads = tuple([self.number(t) if n is None else n for n, t in zip(numbers, given, strict=True)])
             result = function(*args, **kwargs)
-            if facts.makes_memory:
-                self._note_fresh(result, (args, kwargs))
+            if facts.forwarding == "alias":
+                self._note_alias(result, given[0], reads[0])
+            else:
+                self._append(facts, (args, kwargs, reads, varies), result, writes)
             return result
-        written: Sequence[Tensor] = ()
-        if facts.writes:
-            written = facts.written(args, kwargs)
-            for tensor in written:
-                self._make_writable(tensor)
-            numbered.clear()  # tensors in copied memory have new indices
-        reads: list[int] = []
-        named = tuple([self._named(value, reads, numbered) for value in args])
-        named_by_key = {key: self._named(value, reads, numbered) for key, value in kwargs.items()}
-        writes = tuple(dict.fromkeys(map(self.number, written)))
-        result = function(*args, **kwargs)
-        self._append(facts, (named, named_by_key, tuple(reads)), result, writes)
-        return result
 
-    def _is_constant(self, facts: _Facts, args: Any, kwargs: Any) -> bool:
+    def _looked_up(self, given: list[Tensor]) -> tuple[list[int | None], bool, bool]:
+        """Returns what is known of the tensors among the arguments of an operation.
+
+        Returns:
+            The indices of known tensor objects, whether the trace writes to the memory of any tensor, and whether the
+            memory of any tensor depends on a placeholder.
+        """
+        numbers: list[int | None] = []
+        is_traced = varies = False
+        strided, memories, tensors = torch.strided, self._memories, self._tensors
+        for tensor in given:
+            at = tensor.untyped_storage()._cdata if tensor.layout is strided else 0  # as in _identity
+            memory, known = memories.get(at), tensors.get(id(tensor))
+            if known is not None and known[0]() is tensor and (known[2] is memory or not at):
+                numbers.append(known[1])
+                memory = known[2]
+            else:
+                numbers.append(None)
+            if memory is not None:
+                is_traced = is_traced or memory.is_traced
+                varies = varies or memory.varies
+        return numbers, is_traced, varies
+
+    def _written(
+        self, written: list[Tensor], given: list[Tensor], numbers: list[int | None], varies: bool
+    ) -> tuple[list[int | None], tuple[int, ...]]:
+        """Prepares memory that an operation overwrites.
+
+        Returns:
+            The indices of known tensors among the arguments and the indices of the overwritten tensors.
+        """
+        if any([self._make_writable(tensor) for tensor in written]):
+            numbers = [None] * len(given)  # tensors in copied memory have new indices
+        writes = []
+        for tensor in written:
+            number = self.number(tensor)
+            memory = self._memory_of(tensor)
+            if varies and memory is not None:
+                memory.varies = True
+            if number not in writes:
+                writes.append(number)
+        return numbers, tuple(writes)
+
+    def _is_constant(self, facts: Facts, args: Any, kwargs: Any) -> bool:
         """Returns True if an operation reads only constants and need not be traced."""
         if facts.is_recorded:
             return False
         if not facts.writes:
             return True
-        identities = [_identity(tensor) for tensor in facts.written(args, kwargs)]
+        identities = [_identity(tensor) for tensor in _overwritten(facts, args, kwargs)]
         return all(at in self._fresh and at not in self._memories for at in identities)
 
-    def _look_up(self, values: Iterable[Any], numbered: dict[int, Value]) -> bool:
-        """Collects the known tensors among the arguments. Returns True if the trace writes to the memory of any."""
-        is_traced = False
-        for value in values:
-            if isinstance(value, Tensor):
-                at = _identity(value)
-                memory, known = self._memories.get(at), self._tensors.get(id(value))
-                if known is not None and known[0]() is value and (known[2] is memory or not at):
-                    numbered[id(value)], memory = known[1:]
-                is_traced = is_traced or (memory is not None and memory.is_traced)
-            elif isinstance(value, (list, tuple)) and self._look_up(value, numbered):
-                is_traced = True
-        return is_traced
-
-    def _note_fresh(self, result: Any, given: Any) -> None:
+    def _note_fresh(self, result: Any, given: list[Tensor]) -> None:
         """Records the memory that an operation on constants has allocated."""
-        for tensor in tensors_in(result):
+        for tensor in (result,) if result.__class__ is Tensor else tensors_in(result):
             at = _identity(tensor)
-            if at and at not in self._fresh and all(at != _identity(one) for one in tensors_in(given)):
+            if at and at not in self._fresh and all(at != _identity(one) for one in given):
                 self._fresh[at] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call, unused-ignore]
 
-    def _named(self, value: Any, reads: list[int], numbered: dict[int, Value]) -> Any:
-        if isinstance(value, Tensor):
-            known = numbered.get(id(value)) or self._value(value)
-            reads.append(known.number)
-            return known
-        if isinstance(value, (list, tuple)):
-            return type(value)([self._named(item, reads, numbered) for item in value])
-        return value
+    def _note_alias(self, result: Tensor, source: Tensor, number: int) -> None:
+        """Gives the result of an operation that always returns its argument the index of this argument."""
+        self._tensors[id(result)] = (weakref.ref(result), number, self._tensors[id(source)][2])
 
-    def _append(self, facts: _Facts, given: Any, result: Any, writes: tuple[int, ...]) -> None:
-        args, kwargs, reads = given
-        memory = self.trace.memory
-        varies = any(memory(number) in self._varying for number in reads)
-        is_sequence = isinstance(result, (tuple, list))
+    def _append(self, facts: Facts, given: Any, result: Any, writes: tuple[int, ...]) -> None:
+        args, kwargs, reads, varies = given
+        is_tensor = isinstance(result, Tensor)
+        is_sequence = not is_tensor and isinstance(result, (tuple, list))
         outputs = result if is_sequence else (result,)
         expected, origin, shapes = None, "", None
-        if not is_sequence and not isinstance(result, Tensor) and result is not None:
+        if not is_tensor and not is_sequence and result is not None:
             if not varies or ACTIVE.audits or facts.is_static:
                 return
             expected, origin = result, self.shortcut or _line()
-        numbers = tuple([self._result(item, writes) for item in outputs])
-        if expected is None and not writes and all(number is None for number in numbers):
+        if is_tensor:
+            numbers: tuple[int | None, ...] = (self._result(result, writes, varies),)
+        else:
+            numbers = tuple([self._result(item, writes, varies) for item in outputs])
+        if expected is None and not writes and numbers.count(None) == len(numbers):
             return  # the results are known views
-        if varies:
-            for number in (*numbers, *writes):
-                if number is not None:
-                    self._vary(number)
-            if facts.is_shaped_by_values and not ACTIVE.audits and expected is None:
-                origin, shapes = _line(), tuple(item.shape for item in outputs if isinstance(item, Tensor))
+        if varies and facts.is_shaped_by_values and not ACTIVE.audits and expected is None:
+            origin, shapes = _line(), tuple(item.shape for item in outputs if isinstance(item, Tensor))
+        call = self.trace.call(facts, args, kwargs)
         self.trace.operations.append(
-            Operation(
-                facts.function, args, kwargs, numbers, is_sequence, writes, expected, shapes, origin, reads, self.query
-            )
+            Operation(call, reads, numbers, is_sequence, writes, expected, shapes, origin, self.query)
         )
 
-    def _result(self, item: Any, writes: tuple[int, ...]) -> int | None:
+    def _result(self, item: Any, writes: tuple[int, ...], varies: bool) -> int | None:
         """Returns the index of a result, or None if it is not a tensor or is a known view that was not overwritten."""
         if not isinstance(item, Tensor):
             return None
         at = _identity(item)
-        known = None if at and at not in self._memories else self._known(item)
+        known = None if at and at not in self._memories else self._known(item, at)
         if known is None:
-            return self._new(item, is_traced=True).number
-        return known.number if known.number in writes else None
+            number, memory = self._new(item, True, at)
+            memory.varies = memory.varies or varies
+            return number
+        return known if known in writes else None
 
     # -- constants that are overwritten ---------------------------------------------------------------------------
 
-    def _make_writable(self, tensor: Tensor) -> None:
-        """Prepares memory for a traced in-place operation.
+    def _make_writable(self, tensor: Tensor) -> bool:
+        """Prepares memory for a traced in-place operation. Returns True if indices of tensors may have changed.
 
         Constants in this memory are copied first. Memory that the computation itself allocated becomes part of the
         trace.
@@ -300,80 +316,36 @@ class Tracer(TorchDispatchMode):
         at = _identity(tensor)
         old = self._memories.get(at)
         if (at not in self._fresh and old is None) or (old is not None and (old.is_traced or old.is_overwritten)):
-            return
+            return False
         size = tensor.untyped_storage().nbytes() // tensor.element_size()
         before = tensor.detach().as_strided((size,), (1,), 0).clone()
-        for value in [] if old is None else old.views.values():
-            shape, stride, offset, dtype, *_ = self.trace.forms[value.number]
-            self.trace.constants[value.number] = before.view(dtype).as_strided(shape, stride, offset)
+        for number in [] if old is None else old.views.values():
+            shape, stride, offset, dtype, *_ = self.trace.forms[number]
+            self.trace.constants[number] = before.view(dtype).as_strided(shape, stride, offset)
         if old is not None and at not in self._fresh:  # a weight or buffer, which must not be read later
             old.is_overwritten = True
-            return
+            return True
         constant = self._constant(before)
         copy, self.trace.count = self.trace.count, self.trace.count + 1
         self.trace.forms[copy] = _form(before)
-        self.trace.operations.append(Operation(aten.clone.default, (constant,), {}, (copy,)))
-        self._memories[at] = _Memory(copy, True, {_form(before): Value(copy)}, self._fresh[at], copy)
+        self.trace.operations.append(self.trace.operation(aten.clone.default, (Value(constant),), (copy,)))
+        self._memories[at] = _Memory(copy, True, {_form(before): copy}, self._fresh[at], copy=copy)
+        return True
 
-    def _view_of_copy(self, tensor: Tensor, memory: _Memory, copy: int) -> Value | None:
+    def _view_of_copy(self, tensor: Tensor, memory: _Memory, copy: int) -> int | None:
         form = _form(tensor)
         if form[3] != self.trace.forms[copy][3] or any(form[5:]):
             return None
-        value = self._new(tensor, is_traced=True)
+        number, _ = self._new(tensor, True, _identity(tensor))
         args = (Value(copy), list(form[0]), list(form[1]), form[2])
-        self.trace.operations.append(Operation(aten.as_strided.default, args, {}, (value.number,)))
-        return value
+        self.trace.operations.append(self.trace.operation(aten.as_strided.default, args, (number,)))
+        return number
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Facts:
-    """Properties of an operation that determine how it is traced.
-
-    Attributes:
-        function: The traced tensor operation.
-        writes: Position and name of the overwritten arguments.
-        is_recorded: Whether the operation is traced even if it reads only constants.
-        makes_memory: Whether the results may be in newly allocated memory.
-        is_static: Whether the operation returns numbers that do not depend on values.
-        is_shaped_by_values: Whether the shapes of the results depend on values.
-    """
-
-    function: Any
-    writes: tuple[tuple[int, str], ...]
-    is_recorded: bool
-    makes_memory: bool
-    is_static: bool
-    is_shaped_by_values: bool
-
-    def written(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-        """Returns the tensors that a call overwrites."""
-        values = [args[at] if at < len(args) else kwargs.get(name) for at, name in self.writes]
-        return list(tensors_in(values))
-
-
-_FACTS: dict[int, _Facts] = {}
-"""Properties of operations, keyed by ``id()``. Hashing PyTorch operations is slow."""
-
-
-def _facts(function: Any) -> _Facts:
-    known = _FACTS.get(id(function))
-    if known is None or known.function is not function:
-        known = _FACTS[id(function)] = _facts_of(function)
-    return known
-
-
-def _facts_of(function: Any) -> _Facts:
-    schema = function._schema
-    arguments = enumerate(schema.arguments)
-    writes = [(at, one.name) for at, one in arguments if one.alias_info is not None and one.alias_info.is_write]
-    return _Facts(
-        function,
-        tuple(writes),
-        function.overloadpacket in FILLED or draws(function),
-        not writes and any(one.alias_info is None for one in schema.returns),
-        function in (aten.is_set_to.default, aten.is_same_size.default),
-        torch.Tag.dynamic_output_shape in function.tags,
-    )
+def _overwritten(facts: Facts, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Returns the tensors that a call overwrites."""
+    values = [args[at] if at < len(args) else kwargs.get(name) for at, name in facts.writes]
+    return list(tensors_in(values))
 
 
 def _line() -> str:
@@ -409,11 +381,12 @@ class EscapeWatch(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(function, "__name__", "")
-        if name in _ESCAPES:
-            self._note(f"values read by Tensor.{name}()", args[:1])
-        elif name in _CONVERSIONS:
-            self._note("values of tensors in a list, which became a tensor", _list_entries(args))
-        return function(*args, **(kwargs or {}))
+        if name in _WATCHED:
+            if name in _ESCAPES:
+                self._note(f"values read by Tensor.{name}()", args[:1])
+            else:
+                self._note("values of tensors in a list, which became a tensor", _list_entries(args))
+        return function(*args, **kwargs) if kwargs else function(*args)
 
     def _note(self, reason: str, values: Any) -> None:
         if not ACTIVE.audits and any(self._tracer.varies(tensor) for tensor in tensors_in(values)):
@@ -428,6 +401,7 @@ def _list_entries(args: Any) -> list[Any]:
 
 _CONVERSIONS = frozenset(["tensor", "as_tensor", "asarray", "new_tensor", "__getitem__", "__setitem__"])
 _ESCAPES = frozenset(["tolist", "numpy", "__array__", "__dlpack__", "apply_", "map_", "map2_"])
+_WATCHED = _CONVERSIONS | _ESCAPES
 
 
 __all__ = ["Tracer"]
