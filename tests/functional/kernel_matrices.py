@@ -66,7 +66,7 @@ def columns(
     for tap, part, value in zip(taps, marginals, inputs, strict=True):
         if part is not None:
             half = (torch.arange(value.numel()) % 2 == 0).reshape(value.shape)
-            transposed = mu.marginal("output", joint=at(tap)[half]).flatten(1).sum(1)
+            transposed = mu.marginal("output", joint=at(tap)[half]).reshape(mu.batch, -1).sum(1)
             assert float((transposed - part[:, half.flatten()].sum(1)).abs().max()) <= TOLERANCE
     return parts
 
