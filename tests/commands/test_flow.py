@@ -192,7 +192,8 @@ def test_captions_say_what_the_model_predicts_and_what_the_whole_is(here):
 def test_flows_against_a_class_are_titled_by_the_evidence_against_it(here, capsys):
     layers = ("--layers", "input", "a", "output", "--classes", "names.txt", "--groups", "3")
     assert run("noise.png", *OWN, *layers, "--target", "fish") == 0
-    assert "  Evidence against “fish” prevails: it is spread like the area; " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "  Evidence against “fish” prevails: it is divided among the parts like the area; " in said
     stored = json.loads(Path("nrm-flow/noise-flow.json").read_text())
     assert sum(node["mass"] for node in stored["layers"][0]["nodes"]) == pytest.approx(-1, abs=1e-4)
     said = float(stored["caption"].split("−100% is a difference of −")[1].split(" ")[0])

@@ -119,6 +119,7 @@ def test_the_mean_flow_is_plotted(capsys, tmp_path):
     assert graph == flow_of_sweep("swept", LAYERS, 3, top=4)
     for layer in graph.layers:
         assert sum(layer.masses) + layer.rest + layer.sink + layer.bypass == pytest.approx(1, abs=1e-5)
+    assert " · NRMDefault · no reference</p>" in (tmp_path / "swept-flow.html").read_text()
     Path("digits.txt").write_text("\n".join(f"digit {number}" for number in range(10)))
     named = ["--classes", "digits.txt", "--target", "digit 3", "--minus", "8"]
     assert main([*command, "--layers", *LAYERS, *named]) == 0

@@ -61,16 +61,21 @@ AREAS = {"input/0": 0.6, "input/1": 0.35, "input/2": 0.05}
 def test_relevance_in_proportion_to_the_area_is_said_to_be_spread():
     graph = graph_of(TOP, GROUPS, UNEVEN)
     assert flow_finding(graph, places={"input/2": "top"}, areas=AREAS) == (
-        "Relevance for “zebra” is spread like the area; densest in part 3 (top): 10% on 5.0% of the area (×2.0); "
-        "70% passes through A1 and A2 of conv"
+        "Relevance for “zebra” is divided among the parts like the area; densest in part 3 (top): 10% on 5.0% of the "
+        "area (×2.0); 70% passes through A1 and A2 of conv"
     )
     assert flow_finding(negative(graph), areas=AREAS) == (
-        "Evidence against “zebra” prevails: it is spread like the area; densest in part 3: −10% on 5.0% of the area "
-        "(×2.0); −70% passes through A1 and A2 of conv"
+        "Evidence against “zebra” prevails: it is divided among the parts like the area; densest in part 3: −10% on "
+        "5.0% of the area (×2.0); −70% passes through A1 and A2 of conv"
     )
-    assert flow_finding(graph_of(UNEVEN), areas=AREAS).startswith("Relevance is spread like the area; densest")
+    assert flow_finding(graph_of(UNEVEN), areas=AREAS).startswith(
+        "Relevance is divided among the parts like the area; densest"
+    )
     even = {"input/0": 0.55, "input/1": 0.3, "input/2": 0.15}
-    assert flow_finding(graph_of(TOP, UNEVEN), areas=even) == "Relevance for “zebra” is spread like the area"
+    assert (
+        flow_finding(graph_of(TOP, UNEVEN), areas=even)
+        == "Relevance for “zebra” is divided among the parts like the area"
+    )
     for area, spread in (
         (0.47, False),
         (0.49, True),
@@ -78,7 +83,17 @@ def test_relevance_in_proportion_to_the_area_is_said_to_be_spread():
         (0.76, False),
     ):  # 60% / 1.25 = 48%, 60% · 1.25 = 75%
         said = flow_finding(graph_of(TOP, UNEVEN), areas={**AREAS, "input/0": area})
-        assert ("is spread like the area" in said) == spread
+        assert ("is divided among the parts like the area" in said) == spread
+
+
+def test_relevance_is_not_spread_if_parts_have_clearly_more_than_their_area():
+    parts = layer("input", ("part 1", "part 2", "part 3", "part 4"), (0.3, 0.25, 0.25, 0.2))
+    areas = {"input/0": 0.18, "input/1": 0.29, "input/2": 0.4, "input/3": 0.13}  # 55% on 47%, but 50% on 31%
+    graph = graph_of(TOP, parts)
+    assert flow_finding(graph, areas=areas) == "50% of “zebra” comes from parts 1 and 4 (31% of the area)"
+    assert flow_finding(negative(graph), areas=areas).endswith("−50% comes from parts 1 and 4 (31% of the area)")
+    nearly = {**areas, "input/0": 0.23, "input/3": 0.17}  # part 1 has 7% more, part 4 no 1.25 times as much
+    assert "among the parts like the area; densest in part 1: 30% on 23%" in flow_finding(graph, areas=nearly)
 
 
 def test_parts_with_more_relevance_than_their_area_lead():
@@ -100,7 +115,7 @@ def test_a_flow_against_the_output_is_about_the_evidence_against_it():
     places = {"input/0": "top", "input/1": "left"}
     assert flow_finding(graph, places=places) == (
         "Evidence against “zebra” prevails: −75% comes from parts 1 and 2 (top, left), and −120% passes through "
-        "channel 3 of conv, against 40% from channel 9"
+        "channel 3 of conv and 40% through channel 9"
     )
     assert [node.label for node in leading(graph.layers[1], -1)] == ["3"]
     hidden = negative(graph_of(TOP, layer("conv", ("3", "8"), (0.2, 0.1), rest=0.7), PARTS))
@@ -128,7 +143,7 @@ def test_the_finding_is_about_the_layer_in_which_the_fewest_nodes_hold_half():
 def test_strong_evidence_against_the_output_is_part_of_the_finding():
     channels = layer("conv", ("3", "8", "9"), (1.5, 0.2, -0.7))
     said = flow_finding(graph_of(TOP, channels, PARTS))
-    assert said.endswith("150% passes through channel 3 of conv, against −70% from channel 9")
+    assert said.endswith("150% passes through channel 3 of conv and −70% through channel 9")
     weak = layer("conv", ("3", "8", "9"), (1.0, 0.2, -0.2))
     assert "against" not in flow_finding(graph_of(TOP, weak, PARTS))
 

@@ -74,6 +74,16 @@ def test_groups_of_outputs_are_explained():
     assert "group of outputs" not in key_text(False, False, graph=FlowGraph((TOP,), ()))
 
 
+def test_each_topic_has_a_line_and_the_numbers_of_groups_are_explained_only_if_they_are_ranks():
+    grouped = FlowGraph((TOP, layer("conv", ("A1", "A2"), (0.8, -0.1), rest=0.3), LOWEST), JOINTS)
+    said = key_text(True, False, graph=grouped).split("\n")
+    assert [line.split(" ")[0] for line in said] == ["The", "The", "A1,", "Thumbnails"]
+    assert "together, numbered by their relevance. The nodes of a layer are in an order in which few" in said[2]
+    stored = FlowGraph((TOP, layer("conv", ("A1", "A2"), (-0.1, 0.8), rest=0.3), LOWEST), JOINTS)
+    assert "carry relevance together. The nodes" in key_text(True, False, graph=stored)
+    assert "order" not in key_text(False, False, graph=FlowGraph((TOP,), ()))
+
+
 def test_only_groups_of_channels_are_explained_as_such():
     grouped = FlowGraph((TOP, layer("conv", ("A1", "A2"), (0.8, -0.1), rest=0.3), LOWEST), JOINTS)
     patched = FlowGraph((TOP, MIDDLE, layer("input", ("A1", "B1", "A2"), (0.5, 0.3, -0.05), rest=0.15)), JOINTS)

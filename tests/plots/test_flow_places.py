@@ -54,6 +54,17 @@ def test_a_region_with_little_relevance_at_its_center_of_mass_lies_in_a_half_or_
     assert place_name(cross, relevance.T[:, ::-1]) == "left"
 
 
+def test_a_region_whose_relevance_lies_elsewhere_than_its_area_has_no_location():
+    corner = np.zeros((12, 12), bool)
+    corner[:7, :3] = corner[:3, :7] = corner[:6, :6] = True  # upper left, up to the center
+    assert place_name(corner) == "upper left"
+    relevance = np.zeros((12, 12))
+    relevance[4:6, 4:6] = 1.0
+    assert place_name(corner, relevance) == ""
+    relevance[4:6, 4:6], relevance[4:7, :3] = 0.0, 1.0
+    assert place_name(corner, relevance) == "left"  # the column is the same
+
+
 def test_without_relevance_or_pixels_the_area_decides():
     assert place_name(square(0, 0), np.zeros((12, 12))) == "upper left"
     assert place_name(square(0, 0), np.ones((3, 3))) == "upper left"  # of another size

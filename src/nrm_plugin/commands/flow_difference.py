@@ -229,7 +229,7 @@ def flow_difference(
     graph = _counted(difference(flows[0].graph, flows[1].graph), first.mu, over)
     graph = graph.smaller(top=max(options.top, options.count))
     graph = graph if divided.groups is None else replace(graph, origin=divided.groups.origin)
-    joints = [_joint_maps(side.mu, flow) for side, flow in zip((first, second), flows, strict=True)]
+    joints = [_joint_maps(flow) for flow in flows]
     keys = {node.key for node in graph.nodes if node.kind == "group"} & joints[0].keys() & joints[1].keys()
     maps = {key: joints[0][key] - joints[1][key] for key in keys}
     regions = regions_of(graph, over)
@@ -256,9 +256,9 @@ def _counted(graph: FlowGraph, mu: RelevanceMeasure, over: Mapping[str, Any]) ->
     return replace(graph, layers=tuple(layers))
 
 
-def _joint_maps(mu: RelevanceMeasure, flow: MappedFlow) -> dict[str, np.ndarray]:
+def _joint_maps(flow: MappedFlow) -> dict[str, np.ndarray]:
     """Converts conditional heat maps to the joint relevance of each node with the positions."""
-    masses = {node.key: abs(node.mass) if mu.explains_difference else node.mass for node in flow.graph.nodes}
+    masses = {node.key: abs(node.mass) for node in flow.graph.nodes}
     return {key: masses[key] * values for key, values in flow.maps.items()}
 
 

@@ -44,6 +44,11 @@ LISTED = re.compile(r"channel \d+( \+ \d+)?")
 """Pattern for group names that state the largest channel and the number of other channels."""
 
 
+def resolution(width: float | None) -> int:
+    """Returns the resolution of a figure in dots per inch, doubled for narrow ones because their letters are small."""
+    return 2 * DPI if width is not None and width < NARROW else DPI
+
+
 @dataclass(frozen=True)
 class FlowOptions:
     """Options of a flow figure.
@@ -70,8 +75,8 @@ class FlowOptions:
 
     @property
     def dpi(self) -> int:
-        """Resolution in dots per inch, doubled for narrow figures because their letters are small."""
-        return 2 * DPI if self.width is not None and self.width < NARROW else DPI
+        """Resolution in dots per inch, see :func:`resolution`."""
+        return resolution(self.width)
 
     @property
     def count(self) -> int:

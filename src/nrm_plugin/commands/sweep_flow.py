@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,13 @@ from ..measure.flow_graph import FlowError, FlowGraph
 from ..plots.flow import flow_figure
 from ..plots.flow_html import save_sankey
 from . import messages
+from .flow_groups import resolution
 from .output_files import json_stem, save_figure, short, versions, write_json, writing
 from .request import RequestError, target_of
 from .resolved_options import class_names
+
+NORMALIZED = re.compile(r"^Normalized\((.*)\)$")
+"""Pattern of a composite's name in a manifest. The figures of images name only the composite within."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,17 @@ def _compared(sweep: Sweep, classes: Classes) -> str:
     return f" rather than {f'class {classes.name(against)}' if isinstance(against, int) else 'the other classes'}"
 
 
+def made_by_sweep(sweep: Sweep) -> str:
+    """Returns the model, the rules and the reference of a sweep for a figure, as far as its manifest has them.
+
+    An example is "VGG · NRMDefault · no reference".
+    """
+    settings = sweep.manifest.settings
+    model, rules = settings.get("model", {}).get("class", ""), settings.get("composite", {}).get("name", "")
+    rules = NORMALIZED.sub(r"\1", rules)
+    return " · ".join(printable(word) for word in (model, rules, "no reference") if word) if rules else printable(model)
+
+
 def _write(options: argparse.Namespace, sweep: Sweep, graph: FlowGraph, classes: Classes) -> list[Path]:
     settings = {
         "sweep": sweep.manifest.fingerprint, "layers": list(options.layers), "target": classes.target,
@@ -135,14 +151,15 @@ def _write(options: argparse.Namespace, sweep: Sweep, graph: FlowGraph, classes:
     stem = json_stem(options.out, name, ends, set(), settings)
     numbers, figure, page = [options.out / f"{stem}-{end}" for end in ends]
     heading = f"{short(name)}: mean flow of relevance{classes.title('for')}{_compared(sweep, classes)}"
+    made = made_by_sweep(sweep)
     title = short(name) + heading.removeprefix(short(name)).replace("$", r"\$")
     if classes.target is None or classes.minus is None:
-        drawn = flow_figure(graph, title, options.dark, width=options.width)
+        drawn = flow_figure(graph, title, options.dark, width=options.width, made=made)
     else:
         both = (classes.name(classes.target), classes.name(classes.minus))
-        drawn = difference_figure(graph, *both, title, options.dark)
-    save_figure(drawn, figure, options.dark)
+        drawn = difference_figure(graph, *both, title, options.dark, width=options.width, made=made)
+    save_figure(drawn, figure, options.dark, resolution(options.width))
     write_json(numbers, graph.to_dict() | {"settings": settings, "versions": versions()})
     with writing(page) as temporary:
-        save_sankey(graph, temporary, heading.replace(r"\$", "$"))
+        save_sankey(graph, temporary, heading.replace(r"\$", "$"), made=made)
     return [figure, numbers, page]

@@ -23,7 +23,16 @@ MOST = 16
 """Maximum number of rows in a figure and of images per row."""
 
 
-def difference_figure(graph: FlowGraph, first: str, second: str, heading: str = "", dark: bool = False) -> Figure:
+def difference_figure(
+    graph: FlowGraph,
+    first: str,
+    second: str,
+    heading: str = "",
+    dark: bool = False,
+    *,
+    width: float | None = None,
+    made: str = "",
+) -> Figure:
     """Plots the difference between two mean flows as ribbons between bars, with the input on the left.
 
     Both flows contain all relevance of the output. It is therefore omitted if two other layers remain.
@@ -34,12 +43,15 @@ def difference_figure(graph: FlowGraph, first: str, second: str, heading: str = 
         second: Name of the second flow. Blue shows where it is larger.
         heading: Title of the figure.
         dark: As in :func:`~nrm_plugin.plots.flow.flow_figure`.
+        width: As in :func:`~nrm_plugin.plots.flow.flow_figure`.
+        made: As in :func:`~nrm_plugin.plots.flow.flow_figure`.
 
     Raises:
         FlowError: If a layer has too many groups.
     """
     finding, signs = difference_finding(graph, first, second), (f"more for {first}", f"more for {second}")
-    return flow_figure(without_output(graph), heading, dark, caption="", finding=finding, signs=signs)
+    shown = without_output(graph)
+    return flow_figure(shown, heading, dark, width=width, caption="", finding=finding, signs=signs, made=made)
 
 
 @renamed_arguments(found="prototypes", pictures="images")

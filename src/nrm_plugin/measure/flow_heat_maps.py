@@ -63,10 +63,10 @@ def mapped_flow(
 ) -> MappedFlow:
     r"""Computes a flow graph and the conditional heat maps of its nodes in the same passes.
 
-    A heat map shows :math:`\mu(p \mid \text{node})` for each position ``p`` of a layer that is below all layers of the
-    flow except the input and has at least 48 positions along each side. Its resolution suffices for a figure, at a
-    much lower cost than single pixels. All values are exact. The heat map of a group of input pixels is their
-    relevance.
+    A heat map shows :math:`\mu(p \cap \text{node}) / |\mu(\text{node})|` for each position ``p`` of a layer that is
+    below all layers of the flow except the input and has at least 48 positions along each side. Its resolution suffices
+    for a figure, at a much lower cost than single pixels. All values are exact. The heat map of a group of input pixels
+    is their relevance.
 
     Args:
         mu: The measure whose flow is computed.
@@ -116,11 +116,13 @@ def mapped_flow(
 def flow_maps(
     mu: RelevanceMeasure, graph: FlowGraph, over: Any = "channel", sample: int = 0, lowest: str = LOWEST
 ) -> dict[str, NDArray[np.float64]]:
-    r"""Computes the conditional heat maps of all nodes in a flow graph, :math:`\mu(\text{pixel} \mid \text{node})`.
+    r"""Computes the heat maps of all nodes in a flow graph, conditional on the node and with the sign of its relevance.
 
-    Heat maps are summed over the color channels and over the slices of a volume; a one-dimensional signal is treated
-    as an image with one row. The heat map of a group of input pixels is their relevance. Walks that do not cross a
-    layer have no heat map. If the inputs have no positions, there are no heat maps at all.
+    The value at a pixel is :math:`\mu(\text{pixel} \cap \text{node}) / |\mu(\text{node})|`. Positive values are thus
+    relevance of the same sign as positive nodes, also in the heat map of a negative node. Heat maps
+    are summed over the color channels and over the slices of a volume; a one-dimensional signal is treated as an image
+    with one row. The heat map of a group of input pixels is their relevance. Walks that do not cross a layer have no
+    heat map. If the inputs have no positions, there are no heat maps at all.
 
     Args:
         mu: The measure used to compute the graph.
@@ -131,8 +133,7 @@ def flow_maps(
 
     Returns:
         The heat maps, of shape ``(H, W)``, keyed by node. Each heat map sums to the fraction of the node's mass that
-        reaches the input. If the measure explains a difference between outputs, each map has the sign of its node.
-        Positive values are then evidence for the target.
+        reaches the input, with the sign of the node.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
@@ -195,7 +196,7 @@ def _read(
         if len(image.shape) > 2:
             joints = passes.heat_maps(number, image)
             maps |= (
-                {node.key: sign * _conditional(mu, node, joints[sample, row]) for row, node in nodes[number]}
+                {node.key: sign * _conditional(node, joints[sample, row]) for row, node in nodes[number]}
                 if joints is not None
                 else {}
             )
@@ -231,13 +232,12 @@ def _pairs(
     return {(one, other): float(full[a, b]) for a, one in enumerate(keys[0]) for b, other in enumerate(keys[1])}
 
 
-def _conditional(mu: RelevanceMeasure, node: FlowNode, joint: Tensor) -> NDArray[np.float64]:
-    """Returns the conditional heat map of a node, its joint relevance with each position divided by its mass.
+def _conditional(node: FlowNode, joint: Tensor) -> NDArray[np.float64]:
+    """Returns the heat map of a node, its joint relevance with each position divided by its absolute mass.
 
     The heat map is zero if the mass is zero.
     """
-    mass = abs(node.mass) if mu.explains_difference else node.mass
-    return _heat_map(joint / mass if mass else 0 * joint)
+    return _heat_map(joint / abs(node.mass) if node.mass else 0 * joint)
 
 
 def _heat_map(flat: Tensor) -> NDArray[np.float64]:

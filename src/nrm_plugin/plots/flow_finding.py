@@ -13,11 +13,15 @@ HALF = 0.5
 """Fraction of a layer's relevance that the named nodes hold. At most :data:`NAMED` nodes are named."""
 NAMED = 3
 ALIKE_AREAS = 1.25
-"""Largest ratio between shares of relevance and of the area, either way, at which relevance is spread like the area. A
-part is dense if its ratio is at least as large.
+"""Largest ratio between shares of relevance and of the area, either way, at which relevance is divided among the
+parts like the area. A part is dense if its ratio is at least as large.
 """
 LEAST_DENSE = 0.01
 """Smallest relevance of a part that is named as dense."""
+MOST_EXCESS = 0.1
+"""Largest relevance that dense parts together may have beyond their share of the area if relevance is divided among
+the parts like the area.
+"""
 AGAINST = -0.25
 """Minimum mass at which the finding mentions evidence against the output."""
 ALIKE = 0.01
@@ -38,9 +42,9 @@ def flow_finding(
     Each number is the sum of the masses of the named nodes, which the figure shows. Among the layers between the lowest
     layer and the output, the sentence describes the one in which the fewest nodes hold half of the relevance. If most
     of the relevance passes through nodes that are not shown, it says so. If the main parts of the image have about as
-    much of the relevance as of the area, it says that relevance is spread like the area, and names the densest part. If
-    they have less, it names parts that have more. If the masses sum to -1, because the explained
-    output is behind another one, the sentence is about the evidence against it.
+    much of the relevance as of the area, and no others have clearly more, it says that relevance is spread like the
+    area, and names the densest part. If others have clearly more, it names these. If the masses sum to -1, because the
+    explained output is behind another one, the sentence is about the evidence against it.
 
     Args:
         graph: Flow graph to describe.
@@ -68,7 +72,7 @@ def flow_finding(
     spread = is_spread(lowest, sign, where[1])
     if spread:
         about = "it" if sign < 0 else "Relevance" if name == ALL else f"Relevance for {name}"
-        clauses = [f"{about} is spread like the area{_dense_clause(lowest, sign, *where)}"]
+        clauses = [f"{about} is divided among the parts like the area{_dense_clause(lowest, sign, *where)}"]
     else:
         nodes = _sources(lowest, sign, where[1])
         clauses = [_clause(lowest, says, _notes(nodes, *where), sign, nodes)]
@@ -82,13 +86,17 @@ def flow_finding(
 def is_spread(layer: FlowLayer, sign: int, areas: Mapping[str, float]) -> bool:
     """Returns True if the main parts of an image have about as much of the relevance as of the area.
 
+    The parts with clearly more, together, must not exceed their share of the area by :data:`MOST_EXCESS`.
+
     Args:
         layer: The lowest layer.
         sign: Sign of the total relevance, see :func:`sign_of`.
         areas: Fraction of the image that each input node covers, keyed by node.
     """
     ratio = _density(leading(layer, sign), sign, areas)
-    return ratio is not None and not _is_hidden(layer, sign) and 1 / ALIKE_AREAS <= ratio <= ALIKE_AREAS
+    if ratio is None or _is_hidden(layer, sign) or not 1 / ALIKE_AREAS <= ratio <= ALIKE_AREAS:
+        return False
+    return sum(sign * node.mass - areas[node.key] for node in _dense(layer, sign, areas)) < MOST_EXCESS
 
 
 def densest(layer: FlowLayer, sign: int, areas: Mapping[str, float]) -> FlowNode | None:
@@ -113,11 +121,11 @@ def _density(nodes: Sequence[FlowNode], sign: int, areas: Mapping[str, float]) -
 
 
 def _sources(layer: FlowLayer, sign: int, areas: Mapping[str, float]) -> list[FlowNode]:
-    """Returns the main parts of an image or, if they have less of the relevance than of the area, those with more."""
+    """Returns the main parts of an image or, if they do not stand out from the area, those with clearly more."""
     nodes = leading(layer, sign)
     ratio = _density(nodes, sign, areas)
     dense = sorted(_dense(layer, sign, areas), key=lambda node: -sign * node.mass)[:NAMED]
-    return dense if ratio is not None and ratio < 1 and dense else nodes
+    return dense if ratio is not None and ratio <= ALIKE_AREAS and dense else nodes
 
 
 def _dense_clause(layer: FlowLayer, sign: int, places: Places, areas: Mapping[str, float]) -> str:
@@ -223,7 +231,8 @@ def _clause(layer: FlowLayer, says: str, notes: str, sign: int, nodes: Sequence[
         return f"{short_percent(layer.bypass)} {says.removesuffix(THROUGH)}bypasses {layer.name}"
     said = f"{short_percent(sum(node.mass for node in nodes))} {says} {together([node_name(node) for node in nodes])}"
     worst = min(groups_of(layer), key=lambda node: sign * node.mass)
-    against = f", against {short_percent(worst.mass)} from {node_name(worst)}" if sign * worst.mass <= AGAINST else ""
+    way = says.split()[-1]
+    against = f" and {short_percent(worst.mass)} {way} {node_name(worst)}" if sign * worst.mass <= AGAINST else ""
     return f"{said}{notes}{of_layer}{against}"
 
 

@@ -6,7 +6,7 @@ The same layout is used for the figure and the HTML page.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,8 +14,8 @@ from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
 from .arrays import Array
 from .flow_bands import flow_bands
 from .flow_columns import LEAST_OFF, drawn_columns, is_difference, layer_note, node_name, tone_of
-from .flow_notes import DENSITIES, NOTES, Counts, counted
-from .flow_parts import BAR, LEAST_LETTERS, LINE, MARGIN, Box, DrawnNode, Label, Scene, Sizes
+from .flow_notes import DENSITIES, NOTES, OVERALL, Counts, counted, lines_of_notes
+from .flow_parts import BAR, LEAST_LETTERS, LINE, MARGIN, SMALLEST, Box, DrawnNode, Label, Scene, Sizes
 from .flow_text import cut, text_width, wrapped_lines
 from .ribbons import short_percent
 
@@ -31,8 +31,6 @@ SHORT = 2
 """Maximum number of nodes in a column with room for three-line names."""
 LEAST = 20.0
 """Smallest width of a thumbnail, in points."""
-SMALLEST = 4.5
-"""Smallest font size of names and notes between two bars, in points. Notes that do not fit at this size are omitted."""
 CANCELS = 0.05
 """Fraction of the ribbons of a node below which its mass is the result of a cancellation."""
 Column = Sequence[tuple[int, FlowNode]]
@@ -87,11 +85,12 @@ def flow_scene(
     stacks = _stacks(graph, columns)
     heights = [[_rows(sizes, number, node, thumbnails) for _, node in column] for number, column in enumerate(columns)]
     unit, room = _unit(stacks, heights, sizes)
+    lines = {key: said for number, column in enumerate(columns) for key, said in _noted(column, notes, sizes, number)}
     nodes = [
         node
         for number, column in enumerate(columns)
         for node in _placed(
-            graph, number, column, stacks[number], heights[number], unit, room, top, sizes, thumbnails, notes
+            graph, number, column, stacks[number], heights[number], unit, room, top, sizes, thumbnails, lines
         )
     ]
     bands, omitted = flow_bands(graph, columns, nodes, unit)
@@ -102,10 +101,10 @@ def flow_scene(
     written = " ".join(label.text for node in nodes for label in node.labels)
     noted = {node.column > 0 for node in nodes for label in node.labels if label.tone == "pale"}
     terms = [said for said, is_upper in ((DENSITIES, False), (NOTES, True)) if is_upper in noted]
+    terms += [OVERALL] if any("overall" in said for said in lines.values()) else []
     terms += [CHANNELS] if "\u00a0ch." in written else []
     terms += [NUMBERS] if any(sizes.bare) else []
-    sentences = " ".join(filter(None, (key, *terms, note)))
-    legend = _legend(sentences, bottom, sizes)
+    legend = _legend("\n".join(filter(None, (key, " ".join(terms), note))), bottom, sizes)
     end = bottom + MARGIN + sum(LINE * label.size for label in legend)
     return Scene(sizes.width, end, photo, tuple(labels), legend, tuple(nodes), tuple(bands), unit, omitted)
 
@@ -147,8 +146,27 @@ def _sizes(columns: Sequence[Column], width: float | None, ratio: float, notes: 
         names = [_fitting(node, sides[-1], letters, bare[-1]) for _, node in column]
         most = max((len(wrapped_lines(name, sides[-1], letters)) for name in names), default=1)
         lines.append(1 if widest < 0.8 * sides[-1] else 1 + min(most, 3 if len(column) <= SHORT else 2))
-    noted = tuple(int(any(node.key in notes for _, node in column)) for column in columns)
-    return Sizes(points, letters, ratio, tuple(sides), tuple(lines), noted, tuple(bare))
+    sizes = Sizes(points, letters, ratio, tuple(sides), tuple(lines), (0,) * len(columns), tuple(bare))
+    noted = [[said for _, said in _noted(column, notes, sizes, number)] for number, column in enumerate(columns)]
+    return replace(sizes, notes=tuple(max((said.count("\n") + 1 for said in row), default=0) for row in noted))
+
+
+def _noted(column: Column, notes: Notes, sizes: Sizes, number: int) -> list[tuple[str, str]]:
+    """Returns the nodes of a column that have a note, with its lines, which fit between two bars."""
+    keys = [node.key for _, node in column]
+    said = lines_of_notes(keys, notes, _room(sizes, number), _note_sizes(sizes.letters)[0])
+    return [(key, text) for key, text in zip(keys, said, strict=True) if text]
+
+
+def _room(sizes: Sizes, number: int) -> float:
+    """Returns the width of a note in points."""
+    return 0.98 * (sizes.sides[number] - 1)
+
+
+def _note_sizes(letters: float) -> tuple[float, float]:
+    """Returns the smallest and the largest font size of notes below names of a given font size."""
+    largest = max(0.9 * letters, LEAST_LETTERS)
+    return max(0.8 * largest, SMALLEST), largest
 
 
 def _header(
@@ -267,7 +285,7 @@ def _placed(
     top: float,
     sizes: Sizes,
     thumbnails: Mapping[str, object],
-    notes: Notes,
+    notes: Mapping[str, str],
 ) -> list[DrawnNode]:
     """Returns the nodes of a column with their positions, distributed over the height of the flow."""
     own = [
@@ -288,7 +306,7 @@ def _placed(
         mass = mass_text(node, sides)
         labels = _labels(graph, number, node, mass, box, inner.bottom + 1, sizes, is_between)
         if node.key in notes:
-            labels = (*labels, *_note(notes[node.key], labels[-1], sizes, number, is_between))
+            labels = (*labels, *_note(notes[node.key].split("\n"), labels[-1], sizes, number))
         nodes.append(DrawnNode(node, number, box, thumbnail, bars, labels))
         y += height + GAP + space
     return nodes
@@ -339,7 +357,7 @@ def _labels(
         fitting = _fitting(node, room, size, sizes.bare[number])
         texts = {1: [_one_line(node, mass)], 2: [fitting, mass]}.get(sizes.lines[number], [*fitting.split(), mass])
         widest = max((text_width(text, size) for text in texts), default=0.0)
-        size *= float(np.clip(room / max(widest, 1e-6), min(1.0, max(0.75, SMALLEST / size)), 1.0))
+        size *= float(np.clip(0.999 * room / max(widest, 1e-6), min(1.0, max(0.75, SMALLEST / size)), 1.0))
     elif number in (0, last) and text_width(node_name(node), size) / 2 > sizes.node(number) / 2 + MARGIN - 2:
         x, anchor = (box.x, "start") if number == 0 else (box.right, "end")
     tone = "ink" if node.kind == "off" or node.mass >= 0 else "negative"
@@ -350,16 +368,15 @@ def _labels(
     return (*labels, Label(x, y + (len(name) + 0.5) * LINE * size, mass, size, anchor, tone, True))
 
 
-def _note(texts: Sequence[str], above: Label, sizes: Sizes, number: int, is_between: bool) -> tuple[Label, ...]:
-    """Returns a label below another one with the longest version of a note that fits, or nothing if none fits."""
-    size = max(0.9 * above.size, LEAST_LETTERS)
-    room = 0.98 * (sizes.sides[number] - 1 if is_between else sizes.node(number) + 0.5 * sizes.gap)
-    least = max(0.8 * size, SMALLEST)
-    text = next((text for text in texts if text_width(text, least) <= room), "")
-    if not text:
-        return ()
-    size = max(least, size * min(1.0, room / text_width(text, size)))
-    return (Label(above.x, above.y + 0.5 * LINE * (above.size + size), text, size, above.anchor, "pale"),)
+def _note(lines: Sequence[str], above: Label, sizes: Sizes, number: int) -> tuple[Label, ...]:
+    """Returns labels for the lines of a note below another label."""
+    least, size = _note_sizes(sizes.letters)
+    widest = max(text_width(line, size) for line in lines)
+    size = max(least, size * min(1.0, _room(sizes, number) / widest))
+    y = above.y + 0.5 * LINE * (above.size + size)
+    return tuple(
+        Label(above.x, y + row * LINE * size, line, size, above.anchor, "pale") for row, line in enumerate(lines)
+    )
 
 
 def _name_lines(name: str, count: int, room: float, size: float) -> list[str]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
-from ..measure.flow_graph import FlowGraph
+from ..measure.flow_graph import FlowGraph, FlowNode
 from .flow_caption import LEAST_WALK, WORTH_SAYING, Walks, named_walks
 from .flow_columns import has_rests, is_difference
 from .flow_finding import SEVERAL, sign_of
 from .flow_notes import GROUP, is_group
 
 KEY = "{} on the left. Heights are relevance, on one scale for all layers; {}."
-GROUPS = "A1, A2, … are groups of channels that carry relevance together."
+GROUPS = "A1, A2, … are groups of channels that carry relevance together{}."
+NUMBERED = ", numbered by their relevance"
+ORDER = "The nodes of a layer are in an order in which few ribbons cross."
 DARKER = "Strongly colored ribbons are the fewest that hold half of the relevance between two layers."
 OUTPUTS = "“{}” is a group of outputs: the one with most relevance, and the number of the others."
 WALKS = "The bands with edges are the named walks."
@@ -40,6 +44,8 @@ THUMBNAILS = (
 CROP = "A white frame in the photograph marks the part that thumbnails show."
 INPUTS = ("input", "tokens")
 """Names of layers that are the input of a model."""
+ALIKE = 1e-6
+"""Difference of masses below which two groups have equal relevance."""
 VISIBLE = 1e-4
 """Smallest relevance at which a bar is visible."""
 SIGNS = ("evidence for the output", "evidence against it")
@@ -55,7 +61,7 @@ def key_text(
     is_cropped: bool = False,
     has_blue: bool = False,
 ) -> str:
-    """Returns the legend of a flow figure.
+    """Returns the legend of a flow figure, with one line for each topic.
 
     Args:
         has_thumbnails: Whether nodes have thumbnails.
@@ -69,23 +75,45 @@ def key_text(
     """
     differs = graph is not None and is_difference(graph)
     sign = 1 if graph is None else sign_of(graph)
-    sentences = {
-        KEY.format(_left(graph), _colors(graph, signs, has_blue)): True,
-        DARKER: graph is not None and bool(graph.joints),
-        GROUPS: graph is not None and any(is_group(node.label, node.layer) for node in graph.nodes),
-        PATCHES: graph is not None and any(_is_patch(node.label, node.layer) for node in graph.nodes),
-        OUTPUTS.format(_output_group(graph)): bool(_output_group(graph)),
-        WALKS: bool(named_walks(walks)),
-        GROSS: graph is not None and _cancels(graph),
-        DIFFERENCES: differs,
-        NEGATIVE: sign < 0,
-        SHARES[sign]: graph is not None and not differs and _exceeds(graph, sign),
-        OFF: has_off,
-        NOTHING_OFF: graph is not None and not differs and not has_off,
-        THUMBNAILS.format(f" (at the resolution of {maps_at})" if maps_at else ""): has_thumbnails,
-        CROP: is_cropped,
-    }
-    return " ".join(sentence for sentence, is_needed in sentences.items() if is_needed)
+    topics: tuple[dict[str, bool], ...] = (
+        {
+            KEY.format(_left(graph), _colors(graph, signs, has_blue)): True,
+            DARKER: graph is not None and bool(graph.joints),
+            WALKS: bool(named_walks(walks)),
+        },
+        {
+            GROSS: graph is not None and _cancels(graph),
+            DIFFERENCES: differs,
+            NEGATIVE: sign < 0,
+            SHARES[sign]: graph is not None and not differs and _exceeds(graph, sign),
+            OFF: has_off,
+            NOTHING_OFF: graph is not None and not differs and not has_off,
+        },
+        {
+            GROUPS.format(NUMBERED if _is_numbered(graph) else ""): bool(_groups(graph)),
+            PATCHES: graph is not None and any(_is_patch(node.label, node.layer) for node in graph.nodes),
+            OUTPUTS.format(_output_group(graph)): bool(_output_group(graph)),
+            ORDER: graph is not None and bool(graph.joints),
+        },
+        {
+            THUMBNAILS.format(f" (at the resolution of {maps_at})" if maps_at else ""): has_thumbnails,
+            CROP: is_cropped,
+        },
+    )
+    lines = (" ".join(sentence for sentence, is_needed in topic.items() if is_needed) for topic in topics)
+    return "\n".join(filter(None, lines))
+
+
+def _groups(graph: FlowGraph | None) -> list[list[FlowNode]]:
+    """Returns the groups of channels named by the command, for each layer that has any."""
+    layers = [] if graph is None else [[n for n in layer.nodes if is_group(n.label, n.layer)] for layer in graph.layers]
+    return [nodes for nodes in layers if nodes]
+
+
+def _is_numbered(graph: FlowGraph | None) -> bool:
+    """Returns True if the numbers of the groups of each layer are in the order of their absolute relevance."""
+    ordered = (sorted(nodes, key=lambda node: int(node.label[1:])) for nodes in _groups(graph))
+    return all(abs(first.mass) >= abs(second.mass) - ALIKE for nodes in ordered for first, second in pairwise(nodes))
 
 
 def _left(graph: FlowGraph | None) -> str:

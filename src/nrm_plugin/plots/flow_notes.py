@@ -9,21 +9,29 @@ from dataclasses import replace
 from ..measure.flow_graph import FlowEdge, FlowGraph, FlowNode
 from .flow_columns import is_difference, node_name
 from .flow_finding import sign_of
+from .flow_text import wrapped_lines
 from .ribbons import short_percent, times
 
 Counts = Mapping[str, int]
 """Number of channels of each group, keyed by node."""
 Pairs = Mapping[tuple[str, str], float]
 """Joint relevance of nodes in any two layers, keyed by the upper and the lower node."""
+NO_BREAK = "\u00a0"
+SPACE = re.compile(r"(?<=%) (?=from)|(?<=overall) |(?<=\w) (?=\d+,?\b)| (?=×)|(?<=×) ")
+"""Pattern for the spaces of a note at which it is not broken: in "45% from", "part 3", "overall 20%", "2.0 × area"."""
 GROUP = re.compile(r"[A-Z]\d+")
 """Pattern for the names that the command gives to groups of channels and to input patches."""
 NOTES = (
-    "Below a group: the part of the image that is most over-represented in it, with its share of the group and, in "
-    "parentheses, this share divided by the part's share of all relevance, if that is at least 1.25."
+    "Below a group: the part of the image that is most over-represented in it, by a factor of at least 1.25, with its "
+    "share of the group, which need not be the largest."
 )
 """Sentence of the legend about the notes."""
-DENSITIES = "Below a part: its share of all relevance divided by its share of the area."
+OVERALL = "“Overall” is its share of all relevance."
+"""Sentence of the legend about the notes that state the share of all relevance."""
+DENSITIES = "Below a part: its share of all relevance as a multiple of its share of the area."
 """Sentence of the legend about the notes of parts."""
+SHAPES = ((0, 1), (0, 2), (1, 1), (1, 2), (0, 3), (1, 3))
+"""Version of a note and number of its lines, from most to least preferred."""
 LEAST_SHARE, LEAST_RATIO, LEAST_MASS, LEAST_NET = 0.1, 1.25, 0.01, 1 / 3
 """Criteria for a note: smallest fraction of the group's relevance in the part, smallest ratio to the part's fraction of
 all relevance, smallest absolute mass of the group and of the part, and smallest fraction of the group's absolute
@@ -45,7 +53,9 @@ def counted(node: FlowNode, counts: Counts, unit: str = "channels") -> FlowNode:
 
 
 def standing_out(graph: FlowGraph, pairs: Pairs) -> dict[str, tuple[str, ...]]:
-    r"""Names the image part that is most over-represented in each group of channels, such as "part 3 45% (×2.2)".
+    r"""Names the image part that is most over-represented in each group of channels.
+
+    An example is "45% from part 3, overall 20%".
 
     The fraction :math:`\mu(B \mid A)` of the group's relevance in a part ``B`` of the image is compared with the
     fraction :math:`\mu(B)` of all relevance in it. A group has no note if no part has 1.25 times its fraction of all
@@ -74,13 +84,39 @@ def standing_out(graph: FlowGraph, pairs: Pairs) -> dict[str, tuple[str, ...]]:
         part = max(large, key=lambda part: shares[part] / (sign * part.mass), default=None)
         if part is not None and shares[part] >= LEAST_RATIO * sign * part.mass:
             name = f"patch {part.label}" if GROUP.fullmatch(part.label) else node_name(part)
-            said = f"{name} {short_percent(shares[part])}"
-            notes[node.key] = (f"{said} ({times(shares[part] / (sign * part.mass))})", said, name)
+            said = f"{short_percent(shares[part])} from {name}"
+            notes[node.key] = (f"{said}, overall {short_percent(sign * part.mass)}", said)
     return notes
 
 
+def lines_of_notes(keys: Sequence[str], notes: Mapping[str, Sequence[str]], room: float, size: float) -> list[str]:
+    """Breaks the notes of a column into lines, all in the same version, and with the same number of lines if possible.
+
+    Args:
+        keys: The nodes of the column.
+        notes: Versions of the note of each node, from longest to shortest.
+        room: Width of a line in points.
+        size: Smallest font size.
+
+    Returns:
+        The lines of each note, separated by newlines, or empty strings if no version fits.
+    """
+    noted = [[_unbroken(text) for text in notes.get(key, ())] for key in keys]
+    for version, count in SHAPES:
+        chosen = [texts[min(version, len(texts) - 1)] if texts else "" for texts in noted]
+        broken = [wrapped_lines(text, room, size) for text in chosen]
+        if all(len(lines) <= count and " ".join(lines) == text for lines, text in zip(broken, chosen, strict=True)):
+            return ["\n".join(lines).replace(NO_BREAK, " ") for lines in broken]
+    return [""] * len(keys)
+
+
+def _unbroken(text: str) -> str:
+    """Replaces the spaces of a note at which it must not be broken."""
+    return SPACE.sub(NO_BREAK, text)
+
+
 def densities(graph: FlowGraph, areas: Mapping[str, float]) -> dict[str, tuple[str, ...]]:
-    """Returns the ratio between each image part's share of the relevance and of the area, such as ``×2.0``.
+    """Returns the ratio between each image part's share of the relevance and of the area, such as ``2.0 × area``.
 
     Args:
         graph: A flow.
@@ -91,7 +127,8 @@ def densities(graph: FlowGraph, areas: Mapping[str, float]) -> dict[str, tuple[s
     """
     sign = sign_of(graph)
     parts = [] if is_difference(graph) else [node for node in graph.nodes if areas.get(node.key, 0.0) > 0]
-    return {node.key: (times(sign * node.mass / areas[node.key]),) for node in parts if sign * node.mass > 0}
+    ratios = {node.key: times(sign * node.mass / areas[node.key]) for node in parts if sign * node.mass > 0}
+    return {key: (f"{ratio.removeprefix('×')} × area", ratio) for key, ratio in ratios.items()}
 
 
 def _gross(edges: Sequence[FlowEdge], node: FlowNode) -> float:
@@ -101,4 +138,16 @@ def _gross(edges: Sequence[FlowEdge], node: FlowNode) -> float:
     return max(sum(map(abs, above)), sum(map(abs, below)))
 
 
-__all__ = ["DENSITIES", "GROUP", "NOTES", "Counts", "Pairs", "counted", "densities", "is_group", "standing_out"]
+__all__ = [
+    "DENSITIES",
+    "GROUP",
+    "NOTES",
+    "OVERALL",
+    "Counts",
+    "Pairs",
+    "counted",
+    "densities",
+    "is_group",
+    "lines_of_notes",
+    "standing_out",
+]

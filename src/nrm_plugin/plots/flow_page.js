@@ -108,6 +108,7 @@ function show(text, x, y, node) {
     const large = document.createElement("img");
     large.src = image.getAttribute("href");
     large.alt = "";
+    large.style.aspectRatio = image.getAttribute("width") + " / " + image.getAttribute("height");  // before it is decoded
     tip.prepend(large);
   }
   tip.hidden = false;

@@ -12,6 +12,8 @@ LINE = 1.22
 """Line spacing, as a multiple of the font size."""
 LEAST_LETTERS = 5.0
 """Smallest font size of the legend, in points."""
+SMALLEST = 4.5
+"""Smallest font size of names and notes between two bars, in points. Notes that do not fit at this size are omitted."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class Sizes:
         ratio: Height-to-width ratio of the thumbnails, or 0 if there are none.
         sides: Thumbnail width in each column.
         lines: Number of text lines per node in each column.
-        notes: Number of additional lines for notes per node in each column.
+        notes: Number of additional lines for notes per node in each column, 0 to 3.
         bare: Whether the channels of each column are named only by their numbers, for lack of space.
     """
 

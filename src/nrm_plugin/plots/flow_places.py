@@ -31,7 +31,8 @@ def place_name(region: NDArray[np.bool_], relevance: NDArray[np.float64] | None 
     ninth that contains its center of mass. The region may have little relevance there: its location is then the half of
     the image that contains most of it, or "spread out" if no half contains clearly more than the other. The description
     is empty if the region covers more than 40% of the image, spans more than 80% of a side, or does not contain its own
-    center.
+    center. It is also empty if the relevance of the region lies in another row and another column of ninths than its
+    area, because a word such as "center" would then not describe what is seen of the region.
 
     Args:
         region: Boolean mask of the region, of shape ``(H, W)``.
@@ -50,20 +51,26 @@ def place_name(region: NDArray[np.bool_], relevance: NDArray[np.float64] | None 
     if relevance is not None and relevance.shape == region.shape and (np.abs(relevance) * region).any():
         weights *= np.abs(relevance)
     weights /= weights.sum()
-    rows, columns = (np.arange(length) * 3 // length for length in region.shape)
+    place, share = _ninth(weights)
+    if share < THERE:
+        return _side(weights)
+    own, _ = _ninth(region / region.sum())
+    return THIRDS[place[0]][place[1]] if place[0] == own[0] or place[1] == own[1] else ""
+
+
+def _ninth(weights: NDArray[np.float64]) -> tuple[tuple[int, int], float]:
+    """Returns the ninth of an image with most of the weights, or else that of their center, and its share of them."""
+    rows, columns = (np.arange(length) * 3 // length for length in weights.shape)
     ninths = np.zeros((3, 3))
     np.add.at(ninths, (rows[:, None], columns), weights)
-    if ninths.max() > MOST:
-        place = divmod(int(ninths.argmax()), 3)
-    else:
+    place = divmod(int(ninths.argmax()), 3)
+    if ninths.max() <= MOST:
         centers = [
             float((weights.sum(1 - axis) * (np.arange(length) + 0.5)).sum()) / length
-            for axis, length in enumerate(region.shape)
+            for axis, length in enumerate(weights.shape)
         ]
         place = min(int(3 * centers[0]), 2), min(int(3 * centers[1]), 2)
-        if ninths[place] < THERE:
-            return _side(weights)
-    return THIRDS[place[0]][place[1]]
+    return place, float(ninths[place])
 
 
 def _is_compact(region: NDArray[np.bool_]) -> bool:
