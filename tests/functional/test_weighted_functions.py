@@ -27,7 +27,7 @@ def test_a_deformable_convolution_reads_its_input_at_the_offsets(gated):
     inputs = [a, offset, mask] if gated else [a, offset]
     assert torch.allclose(net(*(value[None] for value in inputs)).flatten(), matrix @ a.flatten())
     nothing = [torch.zeros(27, value.numel()).double() for value in inputs[1:]]
-    check(columns(net, inputs, linear_rules()), [by_epsilon(matrix, a), *nothing])
+    check(columns(net, inputs, linear_rules(), is_transposed=False), [by_epsilon(matrix, a), *nothing])
     mu = measure(net, inputs, linear_rules())
     expected = by_epsilon(matrix, a).abs().sum(1) + (1 - by_epsilon(matrix, a).sum(1)).abs()
     assert torch.allclose(mu.walk_variation(), expected)
