@@ -43,8 +43,7 @@ class Absolute(BasicHook):
         stabilize = Stabilizer.ensure(stabilizer)
 
         def raised(source: Tensor) -> Tensor:
-            size = source.abs()
-            return size + _least(size, floor)
+            return source.abs() + _least(source, floor)
 
         modifier = ParamMod(_absolute, zero_params=zero_bias(zero_params), require_params=False)
         super().__init__(
@@ -98,8 +97,7 @@ class ConservingEpsilon(BasicHook):
         zeros = zero_bias(zero_params)
 
         def size(source: Tensor) -> Tensor:
-            size = source.abs()
-            return torch.maximum(size, _least(size, floor))
+            return torch.maximum(source.abs(), _least(source, floor))
 
         def mapper(relevance: Tensor, outputs: list[Tensor]) -> list[Tensor]:
             z, m = outputs
@@ -199,36 +197,33 @@ def _evened(outputs: int) -> Callable[[Tensor, str], Tensor]:
     """Returns a modifier function for weights whose dimension ``outputs`` indexes the output channels."""
 
     def even(parameter: Tensor, name: str) -> Tensor:
-        return parameter.abs() if parameter.ndim == 1 else _mean_sizes(parameter, outputs).expand_as(parameter)
+        others = [dim for dim in range(parameter.ndim) if dim != outputs]
+        if not others:
+            return parameter.abs()
+        # The mean is computed in cache-sized chunks, since the classifiers of many networks are large. All chunks share
+        # one buffer, since separate allocations would fragment memory.
+        width = max(1, (1 << 17) * parameter.shape[outputs] // parameter.numel())
+        total = parameter.new_empty([1 if dim in others else size for dim, size in enumerate(parameter.shape)])
+        memory = torch.empty_like(parameter.narrow(outputs, 0, min(width, parameter.shape[outputs])))
+        for start in range(0, parameter.shape[outputs], width):
+            piece = parameter.narrow(outputs, start, min(width, parameter.shape[outputs] - start))
+            size = torch.abs(piece, out=memory.narrow(outputs, 0, piece.shape[outputs]))
+            torch.sum(size, others, keepdim=True, out=total.narrow(outputs, start, piece.shape[outputs]))
+        even = total / (parameter.numel() // total.numel())
+        return even.expand_as(parameter)
 
     return even
 
 
-def _mean_sizes(weight: Tensor, outputs: int) -> Tensor:
-    """Returns the mean absolute weight of each output channel, in a shape that broadcasts against the weight."""
-    others = [dim for dim in range(weight.ndim) if dim != outputs]
-    # The mean is computed in cache-sized chunks, since the classifiers of many networks are large. All chunks share one
-    # buffer, since separate allocations would fragment memory.
-    count = weight.shape[outputs]
-    width = max(1, (1 << 17) * count // weight.numel())
-    if width >= count:
-        return weight.abs().sum(others, keepdim=True).div_(weight.numel() // count)
-    total = weight.new_empty([1 if dim in others else size for dim, size in enumerate(weight.shape)])
-    memory = torch.empty_like(weight.narrow(outputs, 0, width))
-    for start in range(0, count, width):
-        piece = weight.narrow(outputs, start, min(width, count - start))
-        size = torch.abs(piece, out=memory.narrow(outputs, 0, piece.shape[outputs]))
-        torch.sum(size, others, keepdim=True, out=total.narrow(outputs, start, piece.shape[outputs]))
-    return total.div_(weight.numel() // count)
-
-
 def mean_sizes(weight: Tensor) -> Tensor:
     """Returns the mean absolute weight of each output channel, of shape ``(out,)``, for non-transposed layers."""
-    return _mean_sizes(weight, 0).flatten()
+    even: Tensor = _evened(0)(weight, "weight")
+    return even.as_strided((len(even),), (even.stride(0),))
 
 
-def _least(size: Tensor, floor: float) -> Tensor:
-    """Returns a positive lower bound on the absolute inputs ``size`` of each sample, of shape ``(N, 1, …)``."""
+def _least(source: Tensor, floor: float) -> Tensor:
+    """Returns a positive lower bound on the absolute inputs of each sample, of shape ``(N, 1, …)``."""
+    size = source.abs()
     mean = size.mean(dim=tuple(range(1, size.ndim)), keepdim=True) if size.ndim > 1 else size
     return (floor * mean).clamp(min=1e-15)  # far above the stabilizers, so that zero inputs also have shares
 

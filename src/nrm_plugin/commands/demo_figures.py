@@ -140,7 +140,7 @@ def save_flow(model: nn.Module, sample: Sample, image: Tensor, out: Path, agains
     shown = [node for node in graph.layers[-1].nodes if node.group is not None]
     regions = {node.key: torch.eq(over["input"], node.group or 0).numpy() for node in shown}
     photo = Photo(image[0], regions=regions)
-    save_figure(flow_figure(graph, heading, maps=maps, image=photo, width=7.5, made=MADE), files[0])
+    save_figure(flow_figure(graph, heading, maps=maps, image=photo, width=7.0, made=MADE), files[0])
     with writing(files[1]) as temporary:
         save_sankey(graph, temporary, heading, maps, image=photo, pairs=pairs, made=MADE)
     return files
