@@ -8,7 +8,7 @@ import zennit.rules
 from torch import nn
 from zennit.composites import LayerMapComposite
 
-from nrm_plugin import ABSORBED, RelevanceMeasure, at
+from nrm_plugin import ABSORBED, Normalized, NRMDefault, RelevanceMeasure, at
 from nrm_plugin.errors import NullEventError
 
 
@@ -33,3 +33,21 @@ def test_the_walk_variation_conditioned_on_survival_needs_surviving_relevance() 
     assert bool((mu.walk_variation() >= 1 - 1e-9).all())
     with pytest.raises(NullEventError, match=r"no relevance reaches an input \(sample 1\)"):
         mu.walk_variation(surviving=True)
+
+
+def test_sinks_have_the_precision_of_the_outputs_although_a_layer_computes_in_a_lower_one() -> None:
+    class LowPrecision(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.below, self.above = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            weights: torch.Tensor = self.below(x)
+            return self.above(weights.softmax(-1, dtype=torch.float32).to(x.dtype))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    rules = Normalized(NRMDefault(), attention="halves")
+    mu = RelevanceMeasure(LowPrecision().double().eval(), torch.randn(2, 4).double(), 1, composite=rules)
+    low = [mass for mass in mu.sinks().values() if mass.dtype == torch.float32]
+    assert mu.sink("input").dtype == mu.marginal("input").dtype == torch.float64
+    assert low

@@ -55,8 +55,11 @@ def absorbed(totals: Totals, taps: Sequence[Tap], kind: Kind | None = None, abso
 
 
 def _sum(totals: Totals, masses: list[Tensor]) -> Tensor:
-    """Sums masses of shape ``(N,)`` by one operation, since a plan traces and repeats every operation."""
-    return torch.stack(masses).sum(0) if masses else totals.start.new_zeros(totals.recording.samples.count)
+    """Sums masses of shape ``(N,)`` by one operation, since a plan traces and repeats every operation.
+
+    The sum has at least the precision of the outputs, also if a layer computes in a lower one.
+    """
+    return torch.stack([totals.start.new_zeros(totals.recording.samples.count), *masses]).sum(0)
 
 
 def bypassing(totals: Totals, tap: Tap) -> Tensor:
