@@ -12,6 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_rgb
@@ -21,8 +22,10 @@ from torch import nn
 from nrm_plugin import FlowGraph, RelevanceMeasure, at, find_groups
 from nrm_plugin.measure.flow_graph import FlowError
 from nrm_plugin.measure.flow_heat_maps import flow_maps_and_pairs
+from nrm_plugin.measure.flow_nodes import FlowLayer
 from nrm_plugin.plots.flow_html import sankey, save_sankey
 from nrm_plugin.plots.flow_layout import flow_scene
+from nrm_plugin.plots.flow_thumbnails import Photo
 from nrm_plugin.plots.ribbons import LIGHT, short_percent
 from nrm_plugin.search.group_walks import group_walks
 from tests.flows import X, full_graph, measure, net
@@ -186,6 +189,9 @@ VISIBLE = """[...document.querySelectorAll('.node image')]
   .filter(one => getComputedStyle(one).display !== 'none').map(one => one.getAttribute('class'))"""
 BLUE = """[...document.querySelectorAll('.node')].filter(node => node.querySelector('text.b').classList
   .contains('negative')).map(node => node.dataset.key)"""
+ENLARGED = """(() => {{ const image = document.querySelectorAll('.node')[{number}].querySelector('image');
+  return image && [getComputedStyle(document.querySelector('#tip img')).aspectRatio,
+    image.getAttribute('width') + ' / ' + image.getAttribute('height')]; }})()"""
 FOCUSED = "document.activeElement.dataset.key ?? ''"
 
 
@@ -206,9 +212,14 @@ def test_the_page_in_a_browser_without_a_network(page, mu, tmp_path, dark):
             "[...document.querySelectorAll('.node image')].filter(one => getComputedStyle(one).display !== 'none')"
         )
         assert set(browser.ask(f"{visible}.map(one => one.getAttribute('class'))")) == {"dark" if dark else "light"}
+        enlarged = []
         for number, node in enumerate(nodes):  # hover
             first, second, *_ = browser.hover(NODE.format(number=number)).split("\n")
             assert (first, second) == (f"{node['layer']}, {node['name']}", f"relevance {short_percent(node['mass'])}")
+            if (shapes := browser.ask(ENLARGED.format(number=number))) is not None:
+                enlarged.append(shapes)
+        assert enlarged
+        assert all(own == shown for own, shown in enlarged)  # the text below has its place before the image is decoded
         seen = 0
         for number, band in enumerate(bands[::3]):
             if browser.ask(BAND.format(number=3 * number)) is None:
@@ -278,12 +289,14 @@ def test_given_a_node_blue_still_marks_evidence_against_the_output(page, mu, tmp
     nodes = stored(path)["nodes"]
     groups = [node for node in nodes if node["kind"] == "group"]
     events = {node["key"]: at(node["layer"]).channel(int(node["key"].rpartition("/")[2])) for node in groups}
-    notes = "getComputedStyle(document.querySelector('#flow > text.pale')).visibility"
+    notes = (
+        "[...new Set([...document.querySelectorAll('#flow text.pale')].map(one => getComputedStyle(one).visibility))]"
+    )
     browser = Browser(tmp_path / "profile", path.as_uri())
     try:
         plain = browser.ask(BLUE)
         assert plain == [node["key"] for node in nodes if node["kind"] != "off" and node["mass"] < 0]
-        assert browser.ask(notes) == "visible"
+        assert browser.ask(notes) == ["visible"]
         signs = set()
         for given in groups:
             number = nodes.index(given)
@@ -294,13 +307,13 @@ def test_given_a_node_blue_still_marks_evidence_against_the_output(page, mu, tmp
                     assert (node["key"] in browser.ask(BLUE)) == (both < 0)
                     assert share.startswith("−") == (both * given["mass"] < 0)
                     signs.add((both < 0, given["mass"] < 0))
-            assert browser.ask(notes) == "hidden"
+            assert browser.ask(notes) == ["hidden"]
             said = browser.ask("document.getElementById('status').textContent")
             assert f"numbers are shares of its {short_percent(given['mass'])}" in said
         assert len(signs) == 4
         browser.press("Escape")
         assert browser.ask(BLUE) == plain
-        assert browser.ask(notes) == "visible"
+        assert browser.ask(notes) == ["visible"]
     finally:
         browser.close()
 
@@ -308,6 +321,33 @@ def test_given_a_node_blue_still_marks_evidence_against_the_output(page, mu, tmp
 WALK = "document.querySelectorAll('[data-walk]')[{number}]"
 FILLS = "[...document.querySelectorAll('.band.on-walk')].map(one => getComputedStyle(one).fill)"
 ON = "[...document.querySelectorAll('{kind}')].flatMap((one, at) => one.classList.contains('off-walk') ? [] : [at])"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_notes_below_nodes_are_those_of_the_whole_flow_only(tmp_path):
+    """A share of a part in all relevance says nothing about its share given a node."""
+    layers = (
+        FlowLayer("output", (0,), ("zebra",), (1.0,), 0.0, 0, 0.0, 0.0),
+        FlowLayer("inner", (0, 1), ("A1", "A2"), (0.4, 0.6), 0.0, 0, 0.0, 0.0),
+        FlowLayer("input", (0, 1), ("part 1", "part 2"), (0.6, 0.4), 0.0, 0, 0.0, 0.0),
+    )
+    joints = tuple(np.pad(np.array(rows), ((0, 2), (0, 2))) for rows in ([[0.4, 0.6]], [[0.34, 0.06], [0.26, 0.34]]))
+    graph = FlowGraph(layers, joints)
+    maps = {node.key: np.ones((60, 60)) for node in graph.nodes if node.kind == "group"}
+    left = np.arange(60) < 20
+    photo = Photo(
+        torch.rand(3, 60, 60), regions={"input/0": np.tile(left, (60, 1)), "input/1": np.tile(~left, (60, 1))}
+    )
+    path = save_sankey(graph, tmp_path / "flow.html", "zebra", maps, image=photo)
+    notes = "[...document.querySelectorAll('.node text.pale')].map(one => getComputedStyle(one).visibility)"
+    browser = Browser(tmp_path / "profile", path.as_uri())
+    try:
+        assert set(browser.ask(notes)) == {"visible"}
+        browser.ask("condition(1)")
+        assert set(browser.ask(notes)) == {"hidden"}
+    finally:
+        browser.close()
 
 
 @pytest.mark.slow
