@@ -18,6 +18,7 @@ from nrm_plugin.dataset.glocal import difference, mean_flow
 from nrm_plugin.errors import EventError, InputError, UnknownLayerError
 from nrm_plugin.measure.flow_graph import FlowError, FlowGraph
 from nrm_plugin.measure.groups import labels_of
+from nrm_plugin.plots.flow_caption import flow_caption
 
 LAYERS = ["output", "5", "3", "0", "input"]
 
@@ -189,6 +190,20 @@ def test_flows_over_the_same_groups_compare_and_average(mu, groups):
     mean = mean_flow(mu, LAYERS, groups=groups, top=None)
     assert list(mean.layers[1].masses) == pytest.approx(list(groups.masses[1]))
     assert mean.layers[1].labels == groups.names[1]
+
+
+def test_means_and_differences_of_flows_tell_the_file_of_their_groups(mu, groups, tmp_path):
+    groups.save(tmp_path / "cats.safetensors")
+    groups.save(tmp_path / "dogs.safetensors")
+    cats, dogs = (Groups.load(tmp_path / f"{name}.safetensors") for name in ("cats", "dogs"))
+    origin = "cats.safetensors, where they were found on 3 samples"
+    mean = mean_flow([mu, mu], LAYERS, groups=cats)
+    assert mean.origin == mu.flow(LAYERS, groups=cats, sample=0).origin == origin
+    assert f"The groups are from {origin}." in flow_caption(mean)
+    assert mean_flow(mu, LAYERS, groups=groups).origin == ""
+    one, two = (mean_flow(mu, LAYERS, groups=each, top=None) for each in (cats, dogs))
+    assert difference(one, one).origin == origin
+    assert difference(one, two).origin == f"{origin} and {origin.replace('cats', 'dogs')}"
 
 
 class Bag(nn.Module):
