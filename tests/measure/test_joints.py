@@ -111,7 +111,8 @@ def test_layers_in_the_wrong_order_raise():
 
 def test_the_error_for_a_wrong_order_names_the_layers_in_the_right_order():
     net = build()
-    mu, order = RelevanceMeasure(net, X, 1), r"'5' is not below '2'; .* From the output to the input, '5' comes before '2'"
+    mu = RelevanceMeasure(net, X, 1)
+    order = r"'5' is not below '2'; .* From the output to the input, '5' comes before '2'"
     for ask in (
         lambda: mu.joint(net[2], net[5]),
         lambda: JointNRM(net, net[2], net[5]).attribute(X, 1),
@@ -138,7 +139,7 @@ class Branches(nn.Module):
 
 def test_the_error_for_parallel_layers_says_that_no_walk_crosses_both():
     mu = RelevanceMeasure(Branches().double().eval(), X, 1)
-    with pytest.raises(EventError, match="'right' is not below 'left'; .* No walk crosses both"):
+    with pytest.raises(EventError, match=r"'right' is not below 'left'; .* No walk crosses both"):
         mu.joint("left", "right")
 
 

@@ -37,13 +37,13 @@ def pooling(call: FunctionCall) -> Kernel:
     """
     mode = str(call.argument(3, "mode", "nearest")) if call.name in ("interpolate", "upsample") else ""
     if mode.startswith("nearest"):
-        return call.by_rule(PlainGradient())  # copies values without averaging
+        return call._by_rule(PlainGradient())  # copies values without averaging
     if call.name == "grid_sample" and call.argument(2, "mode", "bilinear") == "bicubic":
         return UnknownKernel(UnsupportedOperationError(_BICUBIC_GRID), call.shapes)
     rule = Absolute() if _is_sum_of_stack(call) else rule_of_averages(call)
     if mode == "bicubic" and isinstance(rule, Absolute):
         return _absolute_bicubic(call, rule)
-    return call.by_rule(rule, is_linear=call.name != "lp_pool2d")
+    return call._by_rule(rule, is_linear=call.name != "lp_pool2d")
 
 
 def rule_of_averages(call: FunctionCall) -> Hook:
@@ -63,7 +63,7 @@ def _absolute_bicubic(call: FunctionCall, rule: Absolute) -> Kernel:
     with torch.no_grad():
         rows = weights(torch.eye(height, dtype=value.dtype, device=value.device).unsqueeze(2))[:, :, 0]
         columns = weights(torch.eye(width, dtype=value.dtype, device=value.device).unsqueeze(1))[:, 0, :]
-    return call.by_rule(rule, run=lambda source: rows.T @ source @ columns)
+    return call._by_rule(rule, run=lambda source: rows.T @ source @ columns)
 
 
 def _is_sum_of_stack(call: FunctionCall) -> bool:
