@@ -5,6 +5,9 @@ Source: docs/measure.md (operations without a module).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from zennit.core import Hook
@@ -43,7 +46,29 @@ def pooling(call: FunctionCall) -> Kernel:
     rule = Absolute() if _is_sum_of_stack(call) else rule_of_averages(call)
     if mode == "bicubic" and isinstance(rule, Absolute):
         return _absolute_bicubic(call, rule)
-    return call._by_rule(rule, is_linear=call.name != "lp_pool2d")
+    if call.name == "lp_pool2d":
+        return call._by_rule(rule, run=_power_average(call), is_linear=False)
+    return call._by_rule(rule)
+
+
+def _power_average(call: FunctionCall) -> Callable[[Tensor], Tensor] | None:
+    r"""Returns power-average pooling :math:`(\sum_i x_i^p)^{1/p}` with a gradient of zero where the sum is zero.
+
+    There, the gradient of torch is NaN. Returns None if the power is infinite, for which torch takes maxima.
+    """
+    power, size = call.argument(1, "norm_type"), call.argument(2, "kernel_size")
+    stride, ceil_mode = call.argument(3, "stride"), call.argument(4, "ceil_mode", False)
+    if math.isinf(power):
+        return None
+    count = size * size if isinstance(size, int) else math.prod(size)
+
+    def run(source: Tensor) -> Tensor:
+        means = nn.functional.avg_pool2d(source.pow(power), size, stride, ceil_mode=ceil_mode)
+        sums = count * means
+        is_zero = sums == 0
+        return torch.where(is_zero, 1, sums).pow(1 / power).masked_fill(is_zero, 0)
+
+    return run
 
 
 def rule_of_averages(call: FunctionCall) -> Hook:
