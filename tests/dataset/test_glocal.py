@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from zennit.composites import EpsilonPlus
 
-from nrm_plugin import RelevanceMeasure, at, patches
+from nrm_plugin import Groups, RelevanceMeasure, at, find_groups, patches
 from nrm_plugin.dataset import Bypass, Joint, Marginal, Sink, sweep
 from nrm_plugin.dataset.glocal import difference, flow_of_sweep, flow_queries, mean_flow, mixed
 from nrm_plugin.dataset.glocal_plots import difference_figure
@@ -195,6 +195,10 @@ def test_some_samples_of_a_sweep_and_names(net, data, stored):
     same(flow_of_sweep(stored, LAYERS[1:3], samples=wanted, top=None), mixed(graphs, [1] * 4), carried=False)
     named = flow_of_sweep(stored, ["output"], names={"output": ["a", "b", "c"]})
     assert "b" in named.layers[0].labels
+    groups = find_groups(measure(net, *data.tensors), LAYERS[1:3], k=2)
+    groups.save(stored.parent / "few.safetensors")
+    read = Groups.load(stored.parent / "few.safetensors")
+    assert flow_of_sweep(stored, LAYERS, groups=read).origin == "few.safetensors, where they were found on 14 samples"
     flow_figure(named).canvas.draw()
 
 

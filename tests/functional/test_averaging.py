@@ -239,6 +239,25 @@ def test_power_average_pooling_splits_by_powers():
     check(columns(lambda a: F.lp_pool2d(a, 3.0, (1, 3), (1, 2)), [a]), [part / part.sum(1, keepdim=True)])
 
 
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.0, 2.5])
+def test_power_average_pooling_of_zeros_absorbs_relevance(power):
+    a = draw(1, 1, 7).abs()
+    a[..., 2:5] = 0  # the second of three windows
+    part = (windows(7, 3, 2) > 0) * a.flatten() ** power
+    expected = part / part.sum(1, keepdim=True).clamp(min=1e-300)
+    for pool in (lambda a: F.lp_pool2d(a, power, (1, 3), (1, 2)), nn.LPPool2d(power, (1, 3), (1, 2))):
+        (found,) = columns(pool, [a], EpsilonPlusFlat(), is_transposed=False)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # the rule has a stabilizer
+    ceiled = columns(lambda a: F.lp_pool2d(a, power, (1, 4), (1, 3), ceil_mode=True), [a], EpsilonPlusFlat())
+    assert all(column.isfinite().all() for column in ceiled)
+
+
+def test_power_average_pooling_of_infinite_power_routes_to_maxima():
+    a = draw(1, 1, 6).abs()
+    (found,) = columns(lambda a: F.lp_pool2d(a, float("inf"), (1, 3)), [a], EpsilonPlusFlat())
+    assert found.argmax(1).tolist() == [int(a[0, 0, :3].argmax()), 3 + int(a[0, 0, 3:].argmax())]
+
+
 @pytest.mark.parametrize("aligned", [False, True])
 def test_region_of_interest_pooling_splits_by_absolute_contribution(aligned):
     image = draw(2, 5, 6)

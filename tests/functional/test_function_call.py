@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
-from zennit.rules import Epsilon
+from torch import Tensor, nn
+from zennit.composites import EpsilonPlus
+from zennit.rules import Epsilon, Gamma, ZPlus
 
-from nrm_plugin import Normalized, NRMAbsolute, RelevanceMeasure, register_kernel
+from nrm_plugin import Normalized, NRMAbsolute, Plan, RelevanceMeasure, register_kernel
+from nrm_plugin.errors import UnsupportedRuleError
 from nrm_plugin.functional import BroadcastKernel, FunctionCall, Kernel, SplitKernel
 from tests.functional.kernel_matrices import NONE, ROW, A, Apply, B, alone, check, columns, draw, eye, spread
 
@@ -116,3 +118,51 @@ class Reversed(Kernel):
 def test_a_function_may_return_a_kernel_of_its_own():
     op = registered(torch.special.entr, lambda call: Reversed())
     check(columns(op, [A.abs()]), [torch.kron(eye(2), eye(3).flip(1))])
+
+
+# -- functions that are not linear ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["entr", "sigmoid", "softplus"])
+@pytest.mark.parametrize("rule", [Epsilon(1e-6), ZPlus(), Gamma(0.25)])
+def test_by_rule_rejects_functions_that_are_not_linear(name, rule):
+    function = {"entr": torch.special.entr, "sigmoid": torch.sigmoid, "softplus": nn.functional.softplus}[name]
+    op = registered(function, lambda call: call.by_rule(rule))
+    with pytest.raises(UnsupportedRuleError, match=rf"{name}.* not linear in its input.* is_linear=False"):
+        columns(op, [A.abs()])
+
+
+def test_by_rule_rejects_functions_with_a_constant():
+    op = registered(torch.special.entr, lambda call: call.by_rule(Epsilon(), run=lambda x: x.cumsum(-1) + 1))
+    with pytest.raises(UnsupportedRuleError, match="not linear"):
+        columns(op, [A.abs()])
+
+
+def test_by_rule_rejects_a_function_that_is_slightly_curved():
+    op = registered(torch.special.entr, lambda call: call.by_rule(Epsilon(), run=lambda x: x + 1e-3 * x * x))
+    with pytest.raises(UnsupportedRuleError, match="not linear"):
+        columns(op, [A.abs().float()])
+
+
+def test_by_rule_accepts_zeros_and_linear_functions_of_any_size():
+    op = registered(torch.special.entr, lambda call: call.by_rule(Epsilon(1e-9), run=lambda x: 3 * x.flip(-1)))
+    for x in (A * 0, 1e-30 * A.abs(), 1e15 * A.abs()):
+        columns(op, [x])
+
+
+def test_totals_of_a_function_that_is_not_linear_are_right_when_the_kernel_says_so():
+    op = registered(torch.special.entr, lambda call: call.by_rule(Epsilon(1e-6), is_linear=False))
+    net = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), Apply(op), nn.Linear(4, 2)).double()
+    mu = RelevanceMeasure(net, A, 1, composite=EpsilonPlus(), residual="sink")
+    for layer in mu.layers:
+        total = mu.marginal(layer).flatten(1).sum(1) + mu.sink(layer) + mu.bypass(layer)
+        torch.testing.assert_close(total, torch.ones(2).double())
+
+
+def test_a_plan_repeats_a_kernel_by_a_rule_without_its_check():
+    op = registered(torch.special.entr, lambda call: call.by_rule(Epsilon(1e-6), run=lambda x: x.cumsum(-1)))
+    net = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), Apply(op), nn.Linear(4, 2)).double()
+    plan = Plan(net, A)
+    for x in (A, B, -A, -B):
+        torch.testing.assert_close(plan(x, 1).marginal("input"), RelevanceMeasure(net, x, 1).marginal("input"))
+    assert "function_call" not in plan.explain()  # no condition on the values of the probe

@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from nrm_plugin import Groups, RelevanceMeasure, find_groups, patches
+from nrm_plugin import Groups, RelevanceMeasure, at, find_groups, patches
 from nrm_plugin.dataset.glocal import difference, mean_flow
-from nrm_plugin.errors import EventError, InputError
+from nrm_plugin.errors import EventError, InputError, UnknownLayerError
 from nrm_plugin.measure.flow_graph import FlowError, FlowGraph
+from nrm_plugin.measure.groups import labels_of
+from nrm_plugin.plots.flow_caption import flow_caption
 
 LAYERS = ["output", "5", "3", "0", "input"]
 
@@ -188,3 +190,89 @@ def test_flows_over_the_same_groups_compare_and_average(mu, groups):
     mean = mean_flow(mu, LAYERS, groups=groups, top=None)
     assert list(mean.layers[1].masses) == pytest.approx(list(groups.masses[1]))
     assert mean.layers[1].labels == groups.names[1]
+
+
+def test_means_and_differences_of_flows_tell_the_file_of_their_groups(mu, groups, tmp_path):
+    groups.save(tmp_path / "cats.safetensors")
+    groups.save(tmp_path / "dogs.safetensors")
+    cats, dogs = (Groups.load(tmp_path / f"{name}.safetensors") for name in ("cats", "dogs"))
+    origin = "cats.safetensors, where they were found on 3 samples"
+    mean = mean_flow([mu, mu], LAYERS, groups=cats)
+    assert mean.origin == mu.flow(LAYERS, groups=cats, sample=0).origin == origin
+    assert f"The groups are from {origin}." in flow_caption(mean)
+    assert mean_flow(mu, LAYERS, groups=groups).origin == ""
+    one, two = (mean_flow(mu, LAYERS, groups=each, top=None) for each in (cats, dogs))
+    assert difference(one, one).origin == origin
+    assert difference(one, two).origin == f"{origin} and {origin.replace('cats', 'dogs')}"
+
+
+class Bag(nn.Module):
+    """Mean over tokens of a small perceptron."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.first, self.second = nn.Embedding(20, 8), nn.Linear(8, 9), nn.Linear(9, 3)
+
+    def forward(self, ids):
+        return self.second(self.first(self.words(ids)).relu().mean(1))
+
+
+class Two(nn.Module):
+    """Convolutional network of two images."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.other, self.second = nn.Conv2d(2, 5, 3), nn.Conv2d(1, 5, 3), nn.Linear(5, 3)
+
+    def forward(self, image, depth):
+        return self.second((self.first(image) + self.other(depth)).relu().mean((2, 3)))
+
+
+def kept_of(joint: torch.Tensor, groups: Groups) -> float:
+    """Fraction of the dependence in a joint relevance of members that the groups keep."""
+    part = joint - joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True) / joint.sum()
+    rows, columns = (torch.nn.functional.one_hot(labels).double() for labels in groups.labels)
+    return float((rows.T @ part @ columns).abs().sum() / part.abs().sum())
+
+
+def test_groups_of_embedded_tokens_keep_the_share_of_masked_passes():
+    torch.manual_seed(0)
+    mu = RelevanceMeasure(Bag().double().eval(), torch.randint(20, (3, 6)), 1)
+    groups = find_groups(mu, ["first", "words"], k=2)
+    masked = [mu.marginal("words", joint=at("first")[..., i]).sum(1).mean(0) for i in range(9)]
+    assert groups.kappas[0] == pytest.approx(kept_of(torch.stack(masked), groups), rel=1e-9)
+    positions = find_groups(mu, ["first", "words"], k=2, members={"words": "position"})
+    masked = [mu.marginal("words", joint=at("first")[..., i]).sum(2).mean(0) for i in range(9)]
+    assert positions.kappas[0] == pytest.approx(kept_of(torch.stack(masked), positions), rel=1e-9)
+
+
+def test_ids_have_no_groups_and_the_error_names_the_embedding():
+    mu = RelevanceMeasure(Bag().eval(), torch.randint(20, (1, 6)), 1)
+    for ask in (
+        lambda: find_groups(mu, ["first", "input"], k=2),
+        lambda: mu.flow(["first", "input"], over="groups", k=2),
+        lambda: mu.marginal("input"),
+    ):
+        with pytest.raises(UnknownLayerError, match=r"only as ids .* Use 'words' instead of 'input'"):
+            ask()
+
+
+@pytest.mark.parametrize("item", [0, 1])
+def test_groups_of_one_of_two_images_keep_the_share_of_masked_passes(item):
+    torch.manual_seed(0)
+    images = torch.rand(2, 2, 8, 8).double(), torch.rand(2, 1, 8, 8).double()
+    mu = RelevanceMeasure(Two().double().eval(), images, 1)
+    image = at("input", item=item)
+    groups = find_groups(mu, ["add", image], k=3)
+    masked = [mu.marginal(image, joint=at("add")[i]).sum(1).flatten(1).mean(0) for i in range(5)]
+    assert groups.kappas[0] == pytest.approx(kept_of(torch.stack(masked), groups), rel=1e-9)
+
+
+def test_groups_of_one_of_two_large_images_have_the_masses_of_their_pixels():
+    images = torch.rand(1, 2, 60, 60).double(), torch.rand(1, 1, 60, 60).double()
+    mu = RelevanceMeasure(Two().double().eval(), images, 1)
+    image = at("input", item=1)
+    groups = find_groups(mu, ["add", image], k=3)
+    pixels, of_pixel = mu.marginal(image), labels_of(mu._tap(image), groups.members[1])
+    for group, mass in enumerate(groups.masses[1]):
+        assert mass == pytest.approx(float(pixels[0][groups.labels[1][of_pixel] == group].sum()), abs=1e-12)

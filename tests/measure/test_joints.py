@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from nrm_plugin import Normalized, RelevanceMeasure, at
+from nrm_plugin import JointNRM, Normalized, RelevanceMeasure, at, top_walks
 from nrm_plugin.errors import EventError
 from tests.conftest import LINEAR, composite, slow_but
 
@@ -107,6 +107,40 @@ def test_layers_in_the_wrong_order_raise():
     mu = RelevanceMeasure(build(), X, 1)
     with pytest.raises(EventError, match="'5' is not below '2'; list layers from the output to the input"):
         mu.joints(["8", "2", "5"])
+
+
+def test_the_error_for_a_wrong_order_names_the_layers_in_the_right_order():
+    net = build()
+    mu = RelevanceMeasure(net, X, 1)
+    order = r"'5' is not below '2'; .* From the output to the input, '5' comes before '2'"
+    for ask in (
+        lambda: mu.joint(net[2], net[5]),
+        lambda: JointNRM(net, net[2], net[5]).attribute(X, 1),
+        lambda: top_walks(RelevanceMeasure(net, X[:1], 1), [net[2], net[5]], 1),
+    ):
+        with pytest.raises(EventError, match=order):
+            ask()
+    with pytest.raises(EventError, match=r"'2' is not below '2'; .* They are the same tensor"):
+        mu.joint("2", net[2])
+    with pytest.raises(EventError, match=r"'2' is not below at\('2', side='input'\); .* comes before"):
+        mu.joint(at("2", side="input"), "2")
+
+
+class Branches(nn.Module):
+    """Two parallel layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
+
+    def forward(self, x):
+        return (self.left(x) + self.right(x)).mean((2, 3))
+
+
+def test_the_error_for_parallel_layers_says_that_no_walk_crosses_both():
+    mu = RelevanceMeasure(Branches().double().eval(), X, 1)
+    with pytest.raises(EventError, match=r"'right' is not below 'left'; .* No walk crosses both"):
+        mu.joint("left", "right")
 
 
 def test_tokens_have_their_features_last():

@@ -97,7 +97,7 @@ def _batch_flow(
     taps = ordered_taps(mu, layers)
     if isinstance(groups, Groups):
         over, names, _ = with_groups(mu, taps, over, names, K, groups)
-        return flow_graph(_MeanMeasure(mu), taps, over, top=None, names=names)
+        return replace(flow_graph(_MeanMeasure(mu), taps, over, top=None, names=names), origin=groups.origin)
     regions: dict[str, Any] = {}
     partitions: dict[str, Partition] = {}
     for layer, tap in taps:
@@ -218,7 +218,8 @@ def _combined(graphs: Sequence[FlowGraph], factors: Sequence[float]) -> FlowGrap
     joints = [_total([graph.joints[k] for graph in graphs], factors) for k in range(len(first.joints))]
     carried = [graph.carried for graph in graphs if graph.carried is not None]
     is_known = len(carried) == len(graphs)
-    return FlowGraph(tuple(layers), tuple(joints), float(_total(carried, factors)) if is_known else None)
+    origin = " and ".join(dict.fromkeys(graph.origin for graph in graphs if graph.origin))
+    return FlowGraph(tuple(layers), tuple(joints), float(_total(carried, factors)) if is_known else None, origin)
 
 
 def _combined_layer(layers: Sequence[FlowLayer], factors: Sequence[float]) -> FlowLayer:

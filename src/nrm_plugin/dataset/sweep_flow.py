@@ -124,7 +124,8 @@ def grouped(graph: FlowGraph, groups: Groups) -> FlowGraph:
         layers.append(replace(layer, groups=tuple(range(len(names))), labels=names, masses=masses))
         sums.append(members)
     pairs = zip(graph.joints, pairwise(sums), strict=True)
-    return FlowGraph(tuple(layers), tuple(up @ joint @ down.T for joint, (up, down) in pairs))
+    joints = tuple(up @ joint @ down.T for joint, (up, down) in pairs)
+    return FlowGraph(tuple(layers), joints, origin=groups.origin)
 
 
 def reduced(graph: FlowGraph, top: int | None, min_mass: float | None, coverage: float | None) -> FlowGraph:

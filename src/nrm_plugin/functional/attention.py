@@ -54,7 +54,7 @@ def fused_attention(call: FunctionCall) -> Kernel:
         heads = 1 if source.ndim < 3 or weights.ndim != source.ndim else weights.shape[-3] // source.shape[-3]
         return torch.matmul(weights, source.repeat_interleave(heads, -3) if heads > 1 else source)
 
-    return call.by_rule(Absolute(), slot.number, run)
+    return call._by_rule(Absolute(), slot.number, run)
 
 
 _DROPOUT = (

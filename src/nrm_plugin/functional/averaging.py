@@ -5,6 +5,9 @@ Source: docs/measure.md (operations without a module).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from zennit.core import Hook
@@ -37,13 +40,35 @@ def pooling(call: FunctionCall) -> Kernel:
     """
     mode = str(call.argument(3, "mode", "nearest")) if call.name in ("interpolate", "upsample") else ""
     if mode.startswith("nearest"):
-        return call.by_rule(PlainGradient())  # copies values without averaging
+        return call._by_rule(PlainGradient())  # copies values without averaging
     if call.name == "grid_sample" and call.argument(2, "mode", "bilinear") == "bicubic":
         return UnknownKernel(UnsupportedOperationError(_BICUBIC_GRID), call.shapes)
     rule = Absolute() if _is_sum_of_stack(call) else rule_of_averages(call)
     if mode == "bicubic" and isinstance(rule, Absolute):
         return _absolute_bicubic(call, rule)
-    return call.by_rule(rule, is_linear=call.name != "lp_pool2d")
+    if call.name == "lp_pool2d":
+        return call._by_rule(rule, run=_power_average(call), is_linear=False)
+    return call._by_rule(rule)
+
+
+def _power_average(call: FunctionCall) -> Callable[[Tensor], Tensor] | None:
+    r"""Returns power-average pooling :math:`(\sum_i x_i^p)^{1/p}` with a gradient of zero where the sum is zero.
+
+    There, the gradient of torch is NaN. Returns None if the power is infinite, for which torch takes maxima.
+    """
+    power, size = call.argument(1, "norm_type"), call.argument(2, "kernel_size")
+    stride, ceil_mode = call.argument(3, "stride"), call.argument(4, "ceil_mode", False)
+    if math.isinf(power):
+        return None
+    count = size * size if isinstance(size, int) else math.prod(size)
+
+    def run(source: Tensor) -> Tensor:
+        means = nn.functional.avg_pool2d(source.pow(power), size, stride, ceil_mode=ceil_mode)
+        sums = count * means
+        is_zero = sums == 0
+        return torch.where(is_zero, 1, sums).pow(1 / power).masked_fill(is_zero, 0)
+
+    return run
 
 
 def rule_of_averages(call: FunctionCall) -> Hook:
@@ -63,7 +88,7 @@ def _absolute_bicubic(call: FunctionCall, rule: Absolute) -> Kernel:
     with torch.no_grad():
         rows = weights(torch.eye(height, dtype=value.dtype, device=value.device).unsqueeze(2))[:, :, 0]
         columns = weights(torch.eye(width, dtype=value.dtype, device=value.device).unsqueeze(1))[:, 0, :]
-    return call.by_rule(rule, run=lambda source: rows.T @ source @ columns)
+    return call._by_rule(rule, run=lambda source: rows.T @ source @ columns)
 
 
 def _is_sum_of_stack(call: FunctionCall) -> bool:

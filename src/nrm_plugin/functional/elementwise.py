@@ -63,7 +63,7 @@ ELEMENTWISE = (
 def activation(call: FunctionCall) -> Kernel:
     """Returns the kernel of the equivalent module's rule, or the identity if there is no rule."""
     rule = call.settings.rules.of_module(ACTIVATIONS[call.name]())
-    return call.identity() if rule is None or type(rule) is Pass else call.by_rule(rule, is_linear=False)
+    return call.identity() if rule is None or type(rule) is Pass else call._by_rule(rule, is_linear=False)
 
 
 @kernel_of(*ELEMENTWISE, "div")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor
 from zennit.core import Hook
 
+from ..errors import UnsupportedRuleError
 from ..kernels.base import Kernel
 from ..kernels.forward_state import Saved
+from ..kernels.known_rules import is_by_modifiers
 from ..kernels.layer_step import Fuse
 from ..kernels.normalization import Normalization
 from ..kernels.rule_reader import read_rule_at
 from ..model.affine_layers import Applied, Weightless
-from ..model.trace_guards import holds
+from ..model.trace_guards import audit, holds
 from .function_kernels import BroadcastKernel, RouteKernel, SingleInputKernel, SplitKernel, total_of
 from .rule_lookup import NoRules, RuleLookup
 
@@ -178,15 +181,52 @@ class FunctionCall:
                 function.
             is_linear: Whether the function is linear in this input, without a constant. The column sums of a linear
                 function follow from its output, those of any other function from the derivative of the rule.
+
+        Raises:
+            UnsupportedRuleError: If the function is not linear, but ``is_linear`` is True.
         """
+        if is_linear and is_by_modifiers(rule) and not _is_linear(run or self._varied(to), self.values[to]):
+            raise UnsupportedRuleError(
+                f"a kernel calls call.by_rule({type(rule).__name__}()) for {self.name!r}, but this function is not "
+                "linear in its input: f(x - 2y) is not f(x) - 2 f(y). Its column sums, and with them all totals, would "
+                "be wrong. Use call.by_rule(rule, is_linear=False)."
+            )
+        return self._by_rule(rule, to, run, is_linear)
+
+    def _by_rule(
+        self, rule: Hook, to: int = 0, run: Callable[[Tensor], Tensor] | None = None, is_linear: bool = True
+    ) -> Kernel:
+        """Returns the kernel of :meth:`by_rule` without checking that the function is linear."""
+        values = self.values
+        module = (Weightless if is_linear else Applied)(run or self._varied(to))
+        kernel = read_rule_at(rule, module, values[to], self.path)
+        return kernel if len(values) == 1 else SingleInputKernel(kernel, to, self.shapes)
+
+    def _varied(self, to: int) -> Callable[[Tensor], Tensor]:
+        """Returns the function of one input, with all other inputs as constants."""
         values = self.values
 
         def varied(source: Tensor) -> Tensor:
             return self.run(*[source if number == to else value for number, value in enumerate(values)])  # type: ignore[no-any-return]
 
-        module = (Weightless if is_linear else Applied)(run or varied)
-        kernel = read_rule_at(rule, module, values[to], self.path)
-        return kernel if len(values) == 1 else SingleInputKernel(kernel, to, self.shapes)
+        return varied
+
+
+def _is_linear(function: Callable[[Tensor], Tensor], value: Tensor) -> bool:
+    """Returns True if a function is linear, tested at a value ``x`` and at noise ``y`` of its size.
+
+    A linear function satisfies :math:`f(x - 2y) = f(x) - 2 f(y)`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad(), audit():
+        noise = torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device)
+        noise *= value.abs().max() if bool(value.any()) else 1
+        first, second, combined = function(value), 2 * function(noise), function(value - 2 * noise)
+        tolerance = math.sqrt(torch.finfo(value.dtype).eps)
+        if not first.numel():
+            return True
+        least = tolerance * (first.abs() + second.abs()).max()
+        return bool(least.isfinite() & ((combined - (first - second)).abs() <= least).all())
 
 
 __all__ = ["CallInput", "FunctionCall", "Settings", "Slot", "fill"]

@@ -117,7 +117,7 @@ def _extremum_kernel(call: FunctionCall) -> Kernel:
 
 
 def _sum_kernel(call: FunctionCall) -> Kernel:
-    return call.by_rule(rule_of_averages(call))
+    return call._by_rule(rule_of_averages(call))
 
 
 KERNELS_BY_FUNCTION[index_add_to_zeros] = KERNELS_BY_FUNCTION[scatter_add_to_zeros] = _sum_kernel

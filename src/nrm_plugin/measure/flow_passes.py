@@ -173,7 +173,7 @@ def flow_passes(mu: Any, taps: Sequence[Tap], labels: Sequence[Tensor], maps: Ta
         return FlowPasses(mu, taps, labels, maps)
 
 
-def map_tap(mu: Any, layers: Sequence[Tap], image: str) -> tuple[str, Tap]:
+def map_tap(mu: Any, layers: Sequence[Tap], image: Any) -> tuple[Any, Tap]:
     """Chooses the tap at whose positions the heat maps of a flow are computed.
 
     Candidates are the last layer and the taps below all layers. They must have the aspect ratio of the image and at
@@ -184,10 +184,10 @@ def map_tap(mu: Any, layers: Sequence[Tap], image: str) -> tuple[str, Tap]:
     Args:
         mu: The measure whose flow is computed.
         layers: The layers of the flow above the image.
-        image: Name of the image tap.
+        image: The image tap, as its name or ``at(…)``.
 
     Returns:
-        The name of the tap and the tap itself.
+        The name of the tap, or ``image``, and the tap itself.
     """
     lowest = mu._tap(image)
     if len(lowest.shape) != 4 or lowest.channel_dim != 1 or not layers or min(lowest.shape[2:]) <= POSITIONS:

@@ -57,19 +57,19 @@ class PairJoints:
         self.taps: list[Tap] = [mu._tap(layer) for layer in layers]
         self.counts = [int(labels_of(tap, kind).max()) + 1 for tap, kind in zip(self.taps, kinds, strict=True)]
         own = list(self.taps)
-        self._moves_image = self._move_image()
+        self._moves_image = self._move_image(layers[-1])
         with torch.inference_mode(False), torch.no_grad(), exact():
             totals = mu._pass([*own, self.taps[-1]])
             self.relevance = [totals.relevance(tap) for tap in self.taps]
             marginals = zip(own, kinds, [totals.relevance(tap) for tap in own], strict=True)
             self._masses = [by_label(mu._mixed(each).flatten(1), labels_of(tap, kind)) for tap, kind, each in marginals]
 
-    def _move_image(self) -> bool:
+    def _move_image(self, lowest: Any) -> bool:
         """Replaces the image with a layer of the same spatial layout. Returns True if such a layer exists."""
         image = self.taps[-1]
-        if image.place != self.mu._tap("input").place:
+        if "input" not in image.names:
             return False
-        _, tap = map_tap(self.mu, self.taps[:-1], "input")
+        _, tap = map_tap(self.mu, self.taps[:-1], lowest)
         members = at_positions(image, self.kinds[-1], tap) if tap.place != image.place else None
         if members is not None:
             self.taps[-1], self.kinds[-1] = tap, members

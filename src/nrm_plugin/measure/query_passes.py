@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import DifferenceError, EventError, StaleMeasureError, StorageError, brief
 from ..events.event import Event
@@ -264,8 +264,23 @@ class QueryPasses:
         pairs = list(pairwise([self._tap(layer) for layer in layers]))
         for (above, below), (upper, lower) in zip(pairs, pairwise(layers), strict=True):
             if not self._is_below(below.place, above):
-                raise EventError(f"{brief(lower)} is not below {brief(upper)}; {remedy}.")
+                raise EventError(self._not_below(upper, lower, remedy))
         return pairs
+
+    def _not_below(self, upper: Layer, lower: Layer, remedy: str) -> str:
+        """Returns the error message for layers in the wrong order, with the right order if there is one."""
+        first, second = (
+            repr(self._recording.taps.name_of(one)) if isinstance(one, nn.Module) else brief(one)
+            for one in (upper, lower)
+        )
+        above, below = self._tap(upper), self._tap(lower)
+        if above.place == below.place:
+            reason = "They are the same tensor."
+        elif self._is_below(above.place, below):
+            reason = f"From the output to the input, {second} comes before {first}."
+        else:
+            reason = "No walk crosses both."
+        return f"{second} is not below {first}; {remedy}. {reason}"
 
     def _check_fresh(self) -> None:
         changed = self._recording.fingerprint.changed()

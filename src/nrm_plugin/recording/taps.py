@@ -393,6 +393,12 @@ class Taps:
                 f"the output of {name!r} is fused with the contrast of against=, whose value is the tap 'output'. Use "
                 f"'output', or the input of the layer, at({name!r}, side='input')."
             )
+        if name == "input" and self.ends:
+            ends = " or ".join(map(repr, self.ends))
+            return UnknownLayerError(
+                "no tap named 'input' in this measure: the model uses its inputs only as ids (integers), which receive "
+                f"no relevance. Walks end at the rows that they look up. Use {ends} instead of 'input'."
+            )
         known = [label.name for label in self._labelled if label.side == side]
         return UnknownLayerError(unknown_layer(name, dict.fromkeys([*self.layers, *known])))
 

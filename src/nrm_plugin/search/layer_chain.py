@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..errors import EventError, brief
+from ..errors import brief
 from ..events.event import Atom, Event, at
 from ..measure.finite_results import check_finite
 from ..measure.groups import Over, check_over, labels_of
@@ -45,9 +45,7 @@ class LayerChain:
             )
         self.mu, self.recording = mu, mu._recording
         self.taps = [mu._tap(layer) for layer in layers]
-        for (above, below), names in zip(itertools.pairwise(self.taps), itertools.pairwise(layers), strict=True):
-            if not mu._is_below(below.place, above):
-                raise EventError(f"{names[1]!r} is not below {names[0]!r}; list layers from the output to the input.")
+        mu._pairs(layers, "list layers from the output to the input")
         self.atoms = tuple(layer if isinstance(layer, Atom) else at(layer) for layer in layers)
         self.names = tuple(layer if isinstance(layer, str) else str(layer) for layer in layers)
         self.last = len(self.taps) - 1
