@@ -22,7 +22,7 @@ from zennit.core import Composite
 from nrm_plugin import ConservingEpsilon, FuseBatchNorm, NRMAbsolute, NRMDefault, Plan, RelevanceMeasure
 from nrm_plugin.composites import Normalized
 from nrm_plugin.measure.layer_averages import blurred, late_layers, layer_average, layer_map
-from nrm_plugin.measure.pixel_maps import is_fine_grained, through_evidence
+from nrm_plugin.measure.pixel_maps import is_fine_grained, pixel_map
 from nrm_plugin.measure.plain_ground import plain_ground
 from nrm_plugin.model.contrast import contrast_vector
 
@@ -145,10 +145,9 @@ def explain_first(question: Question) -> Tensor:
     for image, target in zip(question.inputs.split(1), question.targets.tolist(), strict=True):
         model, ground = question.net.model, plain_ground(question.net.image(image[0]))
         if ground is not None:
-            plain = {"reference": question.net.normalized(ground.reshape(-1, 1, 1)).expand_as(image).contiguous()}
-            alone = RelevanceMeasure(model, image, target, **plain)
-            if is_fine_grained(alone):
-                maps.append(through_evidence(alone, RelevanceMeasure(model, image, target, against="rest", **plain)))
+            plain = question.net.normalized(ground.reshape(-1, 1, 1)).expand_as(image).contiguous()
+            if is_fine_grained(RelevanceMeasure(model, image, target, reference=plain)):
+                maps.append(pixel_map(model, image, target, reference=plain))
                 continue
         maps.append(layer_map(model, image, target))
     return torch.cat(maps)
@@ -328,7 +327,7 @@ METHODS: dict[str, Method] = {
         OURS["EpsilonPlusFlat"], "rest", is_averaged=True
     ),
     "reference blur, last two resolutions, against the rest": _ours(None, "rest", "blur", True),
-    FIRST: Method(explain_first, "rest", is_ours=True),
+    FIRST: Method(explain_first, "rest", is_ours=True, gradients=9),
     "reference gray, last two resolutions, against the rest": _ours(None, "rest", "grey", True),
     "reference gray, against the rest": _ours(None, "rest", "grey"),
     "reference blur, against the rest": _ours(None, "rest", "blur"),

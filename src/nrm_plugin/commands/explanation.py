@@ -11,7 +11,7 @@ from ..errors import CancellationError, NRMError, NullEventError
 from ..events.event import at
 from ..measure.layer_averages import late_layers, layer_average
 from ..measure.measure import RelevanceMeasure
-from ..measure.pixel_maps import is_fine_grained, through_evidence
+from ..measure.pixel_maps import covered, focused, is_fine_grained, light_gamma
 from ..plots.flow_thumbnails import Photo
 from .event_syntax import Condition
 from .image_references import ground_name
@@ -183,13 +183,15 @@ def _on_ground(
     """
     request = replace(request, composite=SECANTS, reference=ground, layers_reference=None, finds_background=False)
     note = f"the plain background of the image, {ground}, is not its reference: "
+    alone = replace(request, against=NONE)
     try:
-        alone = measure_of(loaded, inputs, replace(request, against=NONE))
-        if not is_fine_grained(alone):
+        if not is_fine_grained(measure_of(loaded, inputs, alone)):
             return f"{note}most relevance of single pixels cancels in this model"
-        mu = measure_of(loaded, inputs, request)
-        pixels = None if request.map == OF_LAYERS else through_evidence(alone, mu)[0].cpu()
-        return replace(_of_one_measure(loaded, source, inputs, request, mu), pixel_map=pixels)
+        result = _of_one_measure(loaded, source, inputs, request, measure_of(loaded, inputs, request))
+        if request.map == OF_LAYERS:
+            return result
+        mu = measure_of(loaded, inputs, alone, lambda ground: covered(inputs, ground), light_gamma())
+        return replace(result, pixel_map=focused(float(mu.sign) * mu.marginal("input").sum(1))[0].cpu())
     except NRMError as error:
         return f"{note}{str(error).partition('. ')[0]}"
 

@@ -55,7 +55,7 @@ def explained(loaded: LoadedModel, result: Explanation, paths: Sequence[Path]) -
     if result.pixel_map is not None:
         yield f"  reference: the plain background of the image{reference_words(result.reference)}"
         yield "    --reference blur compares with the blurred image, --reference none as without a plain background"
-        yield "  fine heat map: the pixels whose relevance passes through late positions with evidence for the class"
+        yield "  fine heat map: the pixels, compared with the background and with images half covered by it"
     if result.layer_map is not None:
         about = f"{' and '.join(result.layer_map.layers)}{reference_words(result.layer_map.reference)}"
         yield f"  coarse heat map: mean over {about}"

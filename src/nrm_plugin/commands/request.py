@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -238,8 +238,21 @@ class failures_of_the_model:  # noqa: N801  (a context manager)
             ) from error
 
 
-def measure_of(loaded: LoadedModel, inputs: Tensor, request: Request) -> RelevanceMeasure:
+def measure_of(
+    loaded: LoadedModel,
+    inputs: Tensor,
+    request: Request,
+    references: Callable[[Tensor], list[Tensor]] | None = None,
+    composite: Normalized | None = None,
+) -> RelevanceMeasure:
     """Returns the measure for one preprocessed image.
+
+    Args:
+        loaded: The loaded model, with its preprocessing.
+        inputs: The preprocessed image.
+        request: Settings of the computation.
+        references: Function that returns several references, given the reference image of the request.
+        composite: Rules to use instead of those of the request.
 
     Raises:
         RequestError: If the target does not match the model, the model fails, or the composite has no rule for a layer.
@@ -255,15 +268,16 @@ def measure_of(loaded: LoadedModel, inputs: Tensor, request: Request) -> Relevan
         return compared
 
     is_alone = request.against == NONE or (request.against is None and not _has_classes(loaded, inputs))
-    rules = _rules(loaded, inputs, request)
+    rules = composite or _rules(loaded, inputs, request)
     try:
         with failures_of_the_model(loaded, inputs):
             compared = None if is_alone else against
             if request.reference is not None:
-                reference = reference_image(loaded, inputs, request.reference)
+                image = reference_image(loaded, inputs, request.reference)
                 return RelevanceMeasure(
-                    loaded.model, inputs, target, against=compared, composite=rules, reference=reference
-                )
+                    loaded.model, inputs, target, against=compared, composite=rules,
+                    reference=image if references is None else references(image),
+                )  # fmt: skip
             return measures_of(rules)(loaded.model, inputs, target, against=compared, composite=rules)
     except TargetError as error:
         remedy = "" if is_alone else " In a command: --against none explains the output of the class alone."

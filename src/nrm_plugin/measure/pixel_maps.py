@@ -6,30 +6,36 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.transforms.functional import gaussian_blur
+from zennit.composites import LayerMapComposite
+from zennit.rules import Epsilon, Gamma
+from zennit.types import Convolution
 
+from ..composites import Normalized
 from ..errors import InputError
-from ..events.event import at
-from ..model.contrast import REST
 from .layer_averages import late_layers
 from .measure import RelevanceMeasure
 
-LEAST_EVIDENCE = 1 / 4
-"""Minimum relevance of a position in the region, as a fraction of the maximum (docs/real-details.md)."""
+COVERED = 8
+"""Number of references in which half of the image is covered."""
+SQUARES = 7
+"""Number of squares along the shorter side of an image that are covered or not."""
+GAMMA = 0.05
+"""The γ of the rule for convolutions."""
+WIDTH = 0.25
+"""Standard deviation of the Gaussian that smooths relevance, as a fraction of the shorter side."""
+POWER = 3
+"""Exponent of the smoothed relevance (docs/real-details.md)."""
 CANCELS = 2.0
 """Maximum ratio between the tap variations of the pixels and of the late layers."""
 
 
-def pixel_map(
-    model: nn.Module, images: Tensor, target: Any = None, *, reference: Any, against: Any = REST, **settings: Any
-) -> Tensor:
-    r"""Computes pixel-level heat maps for images of an object on a plain background, as in ``nrm-plugin explain``.
+def pixel_map(model: nn.Module, images: Tensor, target: Any = None, *, reference: Any, **settings: Any) -> Tensor:
+    """Computes pixel-level heat maps for images of an object on a plain background, as in ``nrm-plugin explain``.
 
-    .. math:: \mu_c(n_0 = p \text{ and the walk crosses } E), \qquad E = \{q : \nu(q) > \tfrac14 \max \nu\}
-
-    Here, :math:`\mu_c` is the measure of the class alone, and :math:`\nu` the measure that contrasts the class with
-    ``against``; both explain the difference from the reference. The region :math:`E` consists of the positions
-    :math:`q` in the last of the :func:`~nrm_plugin.measure.layer_averages.late_layers` at which the relevance of the
-    contrast exceeds a quarter of its maximum. The map shows the relevance of the walks that cross this region.
+    The relevance of the pixels is the mean over several references: the plain background, and images half of whose
+    squares are covered by it (:func:`covered`). A pixel is then evaluated with different parts of the object present.
+    Differences are propagated by :func:`light_gamma`. For display, the map is :func:`focused`.
 
     Args:
         model: An image classifier, in evaluation mode.
@@ -37,15 +43,15 @@ def pixel_map(
         target: The class of each image, as in :class:`~nrm_plugin.RelevanceMeasure`.
         reference: Image of the background alone, of shape ``(C, H, W)`` or ``(N, C, H, W)``, normalized like
             ``images``; :func:`~nrm_plugin.measure.plain_ground.plain_ground` returns its color.
-        against: The outputs to compare the class with; by default the other classes, weighted by their softmax.
-        settings: Further keyword arguments for :class:`~nrm_plugin.RelevanceMeasure`.
+        settings: Further keyword arguments for :class:`~nrm_plugin.RelevanceMeasure`, such as ``against``, or
+            ``composite``; ``composite=None`` propagates differences by secants.
 
     Returns:
         Heat maps of shape ``(N, H, W)``. Positive values are evidence for the class.
 
     Raises:
-        InputError: If the inputs are not images, or if an image is identical to its reference.
-        NRMError: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        InputError: If the inputs are not images.
+        NRMError: As in :class:`~nrm_plugin.RelevanceMeasure`; in particular if an image is identical to its reference.
 
     Examples:
         >>> net = nn.Sequential(
@@ -58,38 +64,65 @@ def pixel_map(
     """
     if images.ndim != 4:
         raise InputError(f"expected images (N, C, H, W), got {tuple(images.shape)}.")
-    references = torch.as_tensor(reference).to(images).expand_as(images)
+    grounds = torch.as_tensor(reference).to(images).expand_as(images)
+    settings = {"composite": light_gamma(), **settings}
+    is_given_each = isinstance(target, (list, tuple)) or (isinstance(target, Tensor) and target.ndim > 0)
     maps = []
     for place in range(len(images)):
-        image, plain = (part[place : place + 1].contiguous() for part in (images, references))
-        is_given_each = isinstance(target, (list, tuple)) or (isinstance(target, Tensor) and target.ndim > 0)
+        image, ground = (part[place : place + 1] for part in (images, grounds))
         own = target[place] if is_given_each else target
-        alone = RelevanceMeasure(model, image, own, reference=plain, **settings)
-        contrast = RelevanceMeasure(model, image, own, against=against, reference=plain, **settings)
-        maps.append(through_evidence(alone, contrast))
+        mu = RelevanceMeasure(model, image, own, reference=covered(image, ground), **settings)
+        maps.append(focused(float(mu.sign) * mu.marginal("input").sum(1)))
     return torch.cat(maps)
 
 
-def through_evidence(alone: RelevanceMeasure, contrast: RelevanceMeasure) -> Tensor:
-    """Computes pixel relevance, restricted to walks through the positions of a late layer that favor the class.
+def light_gamma() -> Normalized:
+    """Returns rules for differences: γ = 0.05 for convolutions, and LRP-ε for linear layers.
 
-    If there is no late layer or no such position, pixel relevance is not restricted.
+    A small γ already reduces how much the relevance of neighboring pixels cancels.
+    """
+    return Normalized(LayerMapComposite([(Convolution, Gamma(GAMMA)), (nn.Linear, Epsilon())]))
+
+
+def covered(images: Tensor, ground: Tensor) -> list[Tensor]:
+    """Returns the plain background, and the images with half of their squares, drawn at random, covered by it.
+
+    The images come in pairs: what one covers, the other shows. The squares are a seventh of the shorter side of an
+    image and the same in every call. Images in which nothing is covered are omitted.
 
     Args:
-        alone: The measure of the class alone, for a single image.
-        contrast: The measure of the class in contrast to other classes, for the same image. It selects the positions.
+        images: Images of shape ``(N, C, H, W)``.
+        ground: Images of the background, of the same shape.
 
     Returns:
-        A heat map of shape ``(1, H, W)``; positive values are evidence for the class.
+        At most nine tensors of shape ``(N, C, H, W)``.
     """
-    event = None
-    for last in late_layers(contrast)[:1]:
-        relevance = float(contrast.sign) * contrast.marginal(last)
-        evidence = relevance.sum(contrast.channel_dim(last), keepdim=True)
-        is_evidence = evidence > LEAST_EVIDENCE * evidence.amax().clamp(min=0)
-        event = at(last)[is_evidence.expand_as(relevance)[0].cpu()] if bool(is_evidence.any()) else None
-    pixels = alone.marginal("input") if event is None else alone.marginal("input", joint=event)
-    return float(alone.sign) * pixels.sum(1)
+    height, width = images.shape[2:]
+    side = -(-min(height, width) // SQUARES)
+    draw = torch.Generator().manual_seed(0)
+    half = torch.rand(COVERED // 2, -(-height // side), -(-width // side), generator=draw) < 0.5
+    shown = torch.cat([half, ~half]).repeat_interleave(side, 1).repeat_interleave(side, 2)[:, :height, :width]
+    references = [torch.where(one, images, ground) for one in shown.to(images.device)]
+    return [ground.contiguous(), *(one for one in references if not torch.equal(one, images))]
+
+
+def focused(heat: Tensor) -> Tensor:
+    r"""Reduces the evidence for a class at pixels whose surroundings contain little evidence for it.
+
+    .. math:: h_p \mapsto h_p \, \bigl(\max(\bar h_p, 0) / \max_q \bar h_q\bigr)^3 \quad\text{where } h_p > 0
+
+    Here, :math:`\bar h` is the heat map, smoothed by a Gaussian. Evidence against the class is kept. If no smoothed
+    value is positive, the map is returned unchanged. The result is for display; it does not sum to the output.
+
+    Args:
+        heat: Heat maps of shape ``(N, H, W)``; positive values are evidence for the class.
+    """
+    width = WIDTH * min(heat.shape[1:])
+    side = 2 * min(round(4 * width), min(heat.shape[1:]) - 1) + 1
+    smooth = gaussian_blur(heat[:, None], [side, side], [width, width])[:, 0].clamp(min=0)
+    largest = smooth.amax((1, 2), keepdim=True)
+    weights = torch.where(largest > 0, smooth / largest.clamp(min=torch.finfo(heat.dtype).tiny), 1.0)
+    return torch.where(heat > 0, heat * weights**POWER, heat)
 
 
 def is_fine_grained(mu: RelevanceMeasure) -> bool:
