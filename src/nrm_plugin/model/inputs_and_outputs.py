@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors
 
 from ..errors import GradModeError, InputError, NRMError, brief, samples
 from .autocast import SHORT
@@ -26,6 +27,8 @@ Change = Callable[[Tensor], Tensor]
 FORMATS = (torch.float32, torch.float64, *SHORT)
 """Supported dtypes of inputs and outputs. Relevance is computed in float32 or float64."""
 
+SUMMED_TOGETHER = 1 << 12
+"""Maximum number of elements of tensors that are concatenated to be summed together, in less time."""
 EXPLAINED = ("logits", "out")
 """Keys under which the transformers library and torchvision return their main output."""
 
@@ -360,7 +363,10 @@ def _are_finite(tensors: list[Tensor]) -> bool:
 
     # A sum is nan or infinite if an entry is; it may also overflow.
     def have_finite_sums() -> Tensor:
-        return torch.stack([tensor.sum() for tensor in tensors]).isfinite().all()
+        small = [tensor for tensor in tensors if tensor.numel() <= SUMMED_TOGETHER]
+        large = [tensor for tensor in tensors if tensor.numel() > SUMMED_TOGETHER]
+        joined = [_flatten_dense_tensors(small)] if small else []  # type: ignore[no-untyped-call, unused-ignore]
+        return torch.stack([tensor.sum() for tensor in (*joined, *large)]).isfinite().all()
 
     return holds("finite sums", have_finite_sums) or all(map(is_finite, tensors))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ import torch.nn.modules.module as all_modules
 from torch import Tensor, nn
 
 from ..model.model_protection import step_between, values_state
+from ..model.quantized import PLAIN_TYPES
 from ..recording.recording import _RECORDING
 from .python_state import PythonState
 from .tensor_sums import TensorSums
@@ -83,21 +86,59 @@ class ModelState:
 
 
 class _Objects:
-    """Ids of attributes and versions of tensors, for the detection of changes."""
+    """Attributes of modules and versions of tensors, for the detection of changes."""
 
     def __init__(self, modules: Iterable[nn.Module], tensors: Iterable[Tensor]) -> None:
-        self._modules = [(module, _attributes(module), _held(module)) for module in modules]
+        self._modules = [(module, _Contents([module])) for module in modules]
+        self._all = _Contents([module for module, _ in self._modules])
         self._tensors = [(tensor, values_state(tensor)) for tensor in tensors]
+        self._plain = [tensor for tensor, _ in self._tensors if type(tensor) in PLAIN_TYPES and tensor.layout == torch.strided]
+        self._states = self._states_of_plain()
 
     def changed(self) -> nn.Module | Tensor | None:
         """Returns the first module or tensor that has changed, or None."""
-        for module, attributes, _ in self._modules:
-            if _attributes(module) != attributes:
-                return module
+        if self._all.have_changed():
+            return next((module for module, one in self._modules if one.have_changed()), self._modules[0][0])
+        if len(self._plain) == len(self._tensors) and self._states_of_plain() == self._states:
+            return None
         return next((tensor for tensor, state in self._tensors if values_state(tensor) != state), None)
+
+    def _states_of_plain(self) -> list[int]:
+        """Returns versions and addresses. If they are unchanged, so are those of :func:`values_state`, more slowly."""
+        return [tensor._version for tensor in self._plain] + [tensor.data_ptr() for tensor in self._plain]
 
 
 _DICTS = (dict, OrderedDict)
+
+
+class _Contents:
+    """Attributes of modules and the items of containers among them, compared by identity without Python loops.
+
+    The attributes are kept alive, so that new objects cannot reuse their ids.
+
+    Args:
+        modules: The modules.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
+        self._dicts = [module.__dict__ for module in modules]
+        held = [value for one in self._dicts for value in one.values()]
+        containers = [value for value in held if value.__class__ in (*_DICTS, list, set, tuple)]
+        self._empty = [value for value in containers if not value]
+        filled = [value.values() if value.__class__ in _DICTS else value for value in containers if value]
+        # Views of dictionaries show later changes.
+        self._views = [*(one.values() for one in self._dicts), *filled]
+        self._sizes, self._held = [*map(len, self._views)], [*chain.from_iterable(self._views)]
+
+    def have_changed(self) -> bool:
+        """Returns True if an attribute or an item has been replaced, added or removed."""
+        return (
+            not all(map(is_, map(vars, self._modules), self._dicts))
+            or [*map(len, self._views)] != self._sizes
+            or any(self._empty)
+            or not all(map(is_, chain.from_iterable(self._views), self._held))
+        )
 
 
 def hooked(model: nn.Module) -> str:
@@ -118,20 +159,6 @@ def hooked(model: nn.Module) -> str:
 def _common_hooks() -> tuple[int, ...]:
     tables = (all_modules._global_forward_hooks, all_modules._global_forward_pre_hooks)
     return tuple(id(hook) for table in tables for hook in table.values())
-
-
-def _attributes(module: nn.Module) -> tuple[Any, ...]:
-    """Returns the ids of a module's attributes and of the items in containers among them."""
-    held = module.__dict__
-    contents = [tuple(map(id, value.values())) for value in held.values() if value.__class__ in _DICTS and value]
-    lists = [tuple(map(id, value)) for value in held.values() if value.__class__ in (list, set, tuple) and value]
-    return (tuple(map(id, held.values())), *contents, *lists)
-
-
-def _held(module: nn.Module) -> list[Any]:
-    """Returns references to the attributes of a module. They prevent new objects from reusing the ids."""
-    values = list(module.__dict__.values())
-    return [values, *(list(value.values()) for value in values if value.__class__ in _DICTS)]
 
 
 def _entries(tensors: list[Tensor]) -> list[list[Tensor]]:

@@ -6,6 +6,7 @@ import functools
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ class PythonState:
         """Returns True if any of the objects has changed."""
         for held, before in self._watched:
             now = _contents(held)
-            if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
+            if len(now) != len(before) or not all(map(is_, now, before)):
                 return True
         return any(_bytes(array) != before for array, before in self._arrays)
 

@@ -56,7 +56,7 @@ class ViewRemover:
             return None
         new, old = self.trace.forms[number], self.trace.forms[source]
         is_same = new[2:] == old[2:] and math.prod(new[0]) == math.prod(old[0]) > 0
-        return source if is_same and _is_contiguous(new) and _is_contiguous(old) else None
+        return source if is_same and is_contiguous(new) and is_contiguous(old) else None
 
     def _unstripped(self, one: Operation) -> Operation:
         """Returns an operation that reads tensors in their traced shapes."""
@@ -93,7 +93,7 @@ class ViewRemover:
         if number is None or len(one.writes) > 1 or (one.writes and one.writes[0] != number):
             return None
         form = self.trace.forms[number]
-        if len(form[0]) < 2 or form[0][0] != 1 or not _is_contiguous(form):
+        if len(form[0]) < 2 or form[0][0] != 1 or not is_contiguous(form):
             return None
         without: dict[int, int] = {}
         for read in one.reads:
@@ -141,10 +141,10 @@ class ViewRemover:
             return one
         forms = self.trace.forms
         number = one.results[0] if len(one.results) == 1 else None
-        if number is None or one.shapes is not None or not _is_contiguous(forms[number]):
+        if number is None or one.shapes is not None or not is_contiguous(forms[number]):
             return one
         wide = [n for n in one.reads if n not in self._narrow and forms[n][0] == forms[number][0]]
-        if not any(_is_contiguous(forms[n]) for n in wide):
+        if not any(is_contiguous(forms[n]) for n in wide):
             return one  # the memory layout of the result may differ
 
         reads = [n if n in one.writes else self._narrow.get(n, n) for n in one.reads]
@@ -175,7 +175,8 @@ class ViewRemover:
         return made
 
 
-def _is_contiguous(form: Any) -> bool:
+def is_contiguous(form: Any) -> bool:
+    """Returns True if a tensor with the given form is contiguous."""
     shape, stride, *_ = form
     if stride is None:
         return False
@@ -188,4 +189,4 @@ def _is_contiguous(form: Any) -> bool:
     return True
 
 
-__all__ = ["ViewRemover"]
+__all__ = ["ViewRemover", "is_contiguous"]

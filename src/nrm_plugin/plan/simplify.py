@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .fused_norms import fused
 from .merging import Merger
+from .pointwise import PointwiseProducts
 from .reshapes import ViewRemover
 from .trace import Operation, Trace, needed
 
@@ -56,8 +57,8 @@ class Simplifier:
         operations, self.results = ViewRemover(self.trace).rewritten(operations, self.results)
         operations, self.results = self._merged(operations, self.results)
         self.operations = fused(operations, self.trace, self.constants, self.results)
-        if len(self.operations) < len(operations):
-            self.operations, self.results = self._merged(self.operations, self.results)
+        self.operations = PointwiseProducts(self.trace, self.constants).rewritten(self.operations)
+        self.operations, self.results = self._merged(self.operations, self.results)
         read = {number for one in self.operations for number in one.reads} | set(self.results)
         self.constants = {number: value for number, value in self.constants.items() if number in read}
 

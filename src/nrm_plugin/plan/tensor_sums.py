@@ -9,12 +9,15 @@ from torch import Tensor
 
 _SMALL = 1 << 10
 """Maximum number of elements of a tensor that is compared with a stored copy."""
-_MIDDLE = 1 << 16
+_MIDDLE = 1 << 13
 """Maximum number of elements of a tensor that is concatenated with others, for sums over several tensors."""
 _ROW = 1 << 12
 """Number of elements in each weighted sum."""
 _AT_ONCE = 1 << 22
 """Number of half-precision elements that are converted to float32 at once."""
+
+_DTYPES = (torch.float32, torch.float64)
+"""Dtypes that are summed without conversion."""
 
 _Groups = dict[Any, tuple[list[Tensor], list[Tensor]]]
 """Tensors of medium and of large size, keyed by device and dtype."""
@@ -32,6 +35,7 @@ class TensorSums:
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._weights: dict[Any, Tensor] = {}
+        self._divided: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         stored: dict[Any, list[Tensor]] = {}
         large: list[Tensor] = []
         for flat in [flat for flat in map(_flat, tensors) if flat is not None and flat.numel()]:
@@ -49,6 +53,9 @@ class TensorSums:
             self._summed = _grouped([flat for flat, finite in zip(large, is_finite, strict=True) if finite])
             self._sums = self._of_rows(self._summed)
         self._stored = {key: (views, _bits(torch.cat(views))) for key, views in stored.items()}
+        # Dividing a tensor into rows takes longer than summing a small one.
+        kept = [flat for _, large in self._summed.values() for flat in large if flat.dtype in _DTYPES]
+        self._divided = {id(flat): self._divided_into_rows(flat) for flat in kept}
 
     def have_changed(self) -> bool:
         """Returns True if the values of any tensor have changed."""
@@ -72,13 +79,16 @@ class TensorSums:
         return bool(sums.isfinite().all())
 
     def _of_tensor(self, flat: Tensor) -> Tensor:
-        if flat.dtype not in (torch.float32, torch.float64):
+        if flat.dtype not in _DTYPES:
             parts = [part.to(torch.float32) for part in torch.split(flat, _AT_ONCE)]
             return torch.cat([self._of_tensor(part) for part in parts])
-        weights = self._weights_for(flat)
+        rows, rest, weights = self._divided.get(id(flat)) or self._divided_into_rows(flat)
+        return torch.cat([rows.mv(self._weights_for(flat)), rest.dot(weights).view(1)])
+
+    def _divided_into_rows(self, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the rows of a tensor, the remaining elements, and the weights of these elements."""
         whole = flat.numel() // _ROW * _ROW
-        rest = flat[whole:] @ weights[: flat.numel() - whole]
-        return torch.cat([flat[:whole].view(-1, _ROW) @ weights, rest.view(1)])
+        return flat[:whole].view(-1, _ROW), flat[whole:], self._weights_for(flat)[: flat.numel() - whole]
 
     def _weights_for(self, flat: Tensor) -> Tensor:
         key = (flat.device, flat.dtype)
