@@ -18,6 +18,8 @@ SHOWN = ("SRG, plain", "deletion", "inside", "pointing", "own", "wins")
 """Metrics of the comparison by network."""
 CHOSEN_ON = {"EfficientNet-Lite0": "all", "VGG16": "one"}
 """Networks on which settings were chosen; all others are held out."""
+SEEN = ("Fashion-MNIST, VGG", "Fashion-MNIST, residual")
+"""Networks on which no setting was chosen, but on which variants were evaluated before the choice."""
 OTHER_PACKAGES = ("GradCAM", "DeepLift", "IntegratedGradients", "expected gradients")
 """Prefixes of the methods of other packages. The other methods are further settings of the measure."""
 
@@ -41,7 +43,10 @@ def real_summary(results: Results) -> dict[str, str]:
         first, *_ = measured["methods"]
         foreign = _of_other_packages(measured["methods"], first)
         places = [_place(foreign, key) for key in SHOWN]
-        cells = [f"{foreign[first]['SRG, plain']['samples']}", "no" if net in CHOSEN_ON else "yes"]
+        cells = [
+            f"{foreign[first]['SRG, plain']['samples']}",
+            "no" if net in CHOSEN_ON else "partly" if net in SEEN else "yes",
+        ]
         for key in ("SRG, plain", "own"):
             size = foreign[first][key]["samples"]
             means = {name: row[key]["mean"][0] for name, row in foreign.items() if row[key]["samples"] == size}
@@ -96,7 +101,14 @@ def _counts(nets: Results) -> str:
         places = [_place(methods, key) for key in keys]
         behind = [_place(foreign, key) for key in keys].count(-1)
         counts = [*(places.count(place) for place in (1, 0, -1)), behind]
-        rows.append([net, CHOSEN_ON.get(net, "none, held out"), len(places), *counts])
+        rows.append(
+            [
+                net,
+                CHOSEN_ON.get(net, "none, but evaluated before" if net in SEEN else "none, held out"),
+                len(places),
+                *counts,
+            ]
+        )
         for group in ("all",) if net in CHOSEN_ON else ("held out", "all"):
             sums[group] = [sum(pair) for pair in zip(sums[group], counts, strict=True)]
     rows += [[f"*{group}*", "", sum(counts[:3]), *counts] for group, counts in sums.items()]
