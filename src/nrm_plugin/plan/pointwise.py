@@ -115,7 +115,7 @@ class PointwiseProducts:
         return number
 
     def _new(self, shape: list[int], like: int, strides: Sequence[int] | None = None) -> int:
-        """Adds a tensor to the trace, contiguous by default, with the dtype and device of another. Returns its index."""
+        """Adds a tensor to the trace, contiguous by default, like another in dtype and device. Returns its index."""
         number, self.trace.count = self.trace.count, self.trace.count + 1
         strides = strides or [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
         _, _, _, dtype, device, *_ = self.trace.forms[like]
