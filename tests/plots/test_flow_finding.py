@@ -25,7 +25,7 @@ GROUPS = layer("conv", ("A1", "A2", "A3", "A4"), (0.4, 0.3, 0.2, 0.1))
 def test_the_fewest_nodes_with_half_of_the_relevance_are_named_with_their_sum():
     places = {"input/0": "top", "input/1": "top", "input/2": "left"}
     assert flow_finding(graph_of(TOP, GROUPS, PARTS), places=places) == (
-        "75% of “zebra” comes from parts 1 and 2 (top), and 70% passes through A1 and A2 of conv"
+        "75% of “zebra” comes from parts 1 and 2 (top); of all relevance, 70% passes through A1 and A2 of conv"
     )
     one = layer("input", ("part 1", "part 2"), (0.5, 0.5))
     assert flow_finding(graph_of(TOP, one)) == "50% of “zebra” comes from part 1"
@@ -114,14 +114,14 @@ def test_a_flow_against_the_output_is_about_the_evidence_against_it():
     graph = negative(graph_of(TOP, channels, PARTS))
     places = {"input/0": "top", "input/1": "left"}
     assert flow_finding(graph, places=places) == (
-        "Evidence against “zebra” prevails: −75% comes from parts 1 and 2 (top, left), and −120% passes through "
-        "channel 3 of conv and 40% through channel 9"
+        "Evidence against “zebra” prevails: −75% comes from parts 1 and 2 (top, left); of all relevance, −120% "
+        "passes through channel 3 of conv and 40% through channel 9"
     )
     assert [node.label for node in leading(graph.layers[1], -1)] == ["3"]
     hidden = negative(graph_of(TOP, layer("conv", ("3", "8"), (0.2, 0.1), rest=0.7), PARTS))
     assert flow_finding(hidden).endswith("−70% passes through the 7 channels of conv that are not shown")
     around = negative(graph_of(TOP, layer("attn", ("head 1",), (0.3,), bypass=0.7), PARTS))
-    assert flow_finding(around).endswith("and −70% bypasses attn")
+    assert flow_finding(around).endswith("; of all relevance, −70% bypasses attn")
 
 
 def test_every_number_of_a_finding_is_a_sum_over_named_nodes():
@@ -158,7 +158,7 @@ def test_most_relevance_outside_of_the_shown_nodes_is_the_finding():
 
 def test_a_layer_that_most_relevance_bypasses_is_said_to_be_bypassed():
     heads = layer("attn", ("head 1", "head 2"), (0.3, 0.1), bypass=0.6)
-    assert flow_finding(graph_of(TOP, heads, PARTS)).endswith("and 60% bypasses attn")
+    assert flow_finding(graph_of(TOP, heads, PARTS)).endswith("; of all relevance, 60% bypasses attn")
     assert flow_finding(graph_of(TOP, heads)) == "60% of “zebra” bypasses attn"
 
 

@@ -15,7 +15,7 @@ from nrm_plugin.plots import flow_figure
 from nrm_plugin.plots.flow import scene_of
 from nrm_plugin.plots.flow_html import sankey
 from nrm_plugin.plots.flow_layout import SMALLEST
-from nrm_plugin.plots.flow_notes import densities, is_group, lines_of_notes, standing_out
+from nrm_plugin.plots.flow_notes import BOTH_SIGNS, both_signs, densities, is_group, lines_of_notes, standing_out
 from nrm_plugin.plots.flow_text import text_width
 from nrm_plugin.plots.flow_thumbnails import Photo, node_thumbnails
 from nrm_plugin.plots.ribbons import LIGHT
@@ -66,6 +66,29 @@ def test_the_most_over_represented_part_is_named_with_its_share_and_factor(graph
         key: (f"{note}, overall {overall[note[-1]]}", note) for key, note in said.items()
     }
     assert standing_out(graph, {}).keys() == {"lower/0", "lower/1"}  # no joint relevance with the upper layer
+
+
+def test_nodes_in_which_most_relevance_cancels_state_both_totals(graph):
+    joints = (*graph.joints[:2], joint([[0.5, -0.1], [-0.3, 0.9]]))  # both parts cancel, by 0.3 of 0.8 and 0.1 of 1.0
+    assert both_signs(with_layer(replace(graph, joints=joints), 3, masses=(0.2, 0.8))) == {
+        "input/0": ("+50%\u00a0−30%",),
+    }
+    opposed = negative(replace(graph, joints=joints))
+    assert both_signs(with_layer(opposed, 3, masses=(-0.2, -0.8))) == {"input/0": ("+30%\u00a0−50%",)}
+    assert both_signs(graph) == {}
+
+
+def test_both_totals_are_drawn_below_a_node_and_explained(graph):
+    joints = (*graph.joints[:2], joint([[0.5, -0.1], [-0.3, 0.9]]))
+    cancelling = with_layer(replace(graph, joints=joints), 3, masses=(0.2, 0.8))
+    texts = [text.get_text() for text in flow_figure(cancelling, maps=maps_of(graph)).axes[0].texts]
+    assert "+50% −30%" in texts
+    assert BOTH_SIGNS in " ".join(texts)
+    assert not any(BOTH_SIGNS in text for text in written(graph))
+
+
+def written(graph: FlowGraph) -> list[str]:
+    return [text.get_text() for text in flow_figure(graph, maps=maps_of(graph)).axes[0].texts]
 
 
 @pytest.fixture

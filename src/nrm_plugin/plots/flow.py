@@ -20,7 +20,7 @@ from .flow_columns import has_off, region_name
 from .flow_finding import flow_finding
 from .flow_layout import flow_scene
 from .flow_legend import SIGNS, key_text
-from .flow_notes import Counts, Pairs, densities, standing_out
+from .flow_notes import Counts, Pairs, both_signs, densities, standing_out
 from .flow_parts import Band, Box, DrawnNode, Label, Scene
 from .flow_thumbnails import (
     NodeThumbnails,
@@ -158,7 +158,7 @@ def scene_of(
     else:
         caption = "\n".join(filter(None, (made, caption)))
     shown: Mapping[str, object] = thumbnails.values if thumbnails else {}
-    notes = densities(graph, areas or {}) | ({} if pairs is None else standing_out(graph, pairs))
+    notes = densities(graph, areas or {}) | ({} if pairs is None else standing_out(graph, pairs)) | both_signs(graph)
     return flow_scene(
         graph,
         heading,

@@ -79,8 +79,10 @@ def flow_finding(
     between = [layer for layer in graph.layers[:-1] if layer.name != "output" and layer.groups]
     if between:
         layer = max(between, key=lambda layer: _concentration(layer, sign))
-        clauses.append(_clause(layer, THROUGH, "", sign, leading(layer, sign)))
-    return start + ("; " if spread else ", and ").join(clauses)
+        # The parts and the nodes are named apart, since relevance of the parts may pass through other nodes.
+        apart = "" if spread else "of all relevance, "
+        clauses.append(f"{apart}{_clause(layer, THROUGH, '', sign, leading(layer, sign))}")
+    return start + "; ".join(clauses)
 
 
 def is_spread(layer: FlowLayer, sign: int, areas: Mapping[str, float]) -> bool:

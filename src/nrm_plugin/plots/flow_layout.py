@@ -14,7 +14,7 @@ from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
 from .arrays import Array
 from .flow_bands import flow_bands
 from .flow_columns import LEAST_OFF, drawn_columns, is_difference, layer_note, node_name, tone_of
-from .flow_notes import DENSITIES, NOTES, OVERALL, Counts, counted, lines_of_notes
+from .flow_notes import BOTH_SIGNS, DENSITIES, NOTES, OVERALL, Counts, counted, lines_of_notes
 from .flow_parts import BAR, LEAST_LETTERS, LINE, MARGIN, SMALLEST, Box, DrawnNode, Label, Scene, Sizes
 from .flow_text import cut, text_width, wrapped_lines
 from .ribbons import short_percent
@@ -99,8 +99,10 @@ def flow_scene(
         f"Ribbons thinner than a hairline, together {short_percent(omitted)}, are not drawn." if omitted > 1e-3 else ""
     )
     written = " ".join(label.text for node in nodes for label in node.labels)
-    noted = {node.column > 0 for node in nodes for label in node.labels if label.tone == "pale"}
+    pale = [(node, label.text) for node in nodes for label in node.labels if label.tone == "pale"]
+    noted = {node.column > 0 for node, text in pale if not text.startswith("+")}
     terms = [said for said, is_upper in ((DENSITIES, False), (NOTES, True)) if is_upper in noted]
+    terms += [BOTH_SIGNS] if any(said.startswith("+") for said in lines.values()) else []
     terms += [OVERALL] if any("overall" in said for said in lines.values()) else []
     terms += [CHANNELS] if "\u00a0ch." in written else []
     terms += [NUMBERS] if any(sizes.bare) else []

@@ -28,6 +28,8 @@ NOTES = (
 """Sentence of the legend about the notes."""
 OVERALL = "“Overall” is its share of all relevance."
 """Sentence of the legend about the notes that state the share of all relevance."""
+BOTH_SIGNS = "“+6% −4%” below a node: its totals of both signs, where most of its relevance cancels."
+"""Sentence of the legend about the notes that state the totals of both signs."""
 DENSITIES = "Below a part: its share of all relevance as a multiple of its share of the area."
 """Sentence of the legend about the notes of parts."""
 SHAPES = ((0, 1), (0, 2), (1, 1), (1, 2), (0, 3), (1, 3))
@@ -37,6 +39,8 @@ LEAST_SHARE, LEAST_RATIO, LEAST_MASS, LEAST_NET = 0.1, 1.25, 0.01, 1 / 3
 all relevance, smallest absolute mass of the group and of the part, and smallest fraction of the group's absolute
 relevance that does not cancel.
 """
+LEAST_UNCANCELLED = 1 / 2
+"""Fraction of the absolute relevance of a node below which its totals of both signs are noted."""
 
 
 def is_group(label: str, layer: str) -> bool:
@@ -131,6 +135,24 @@ def densities(graph: FlowGraph, areas: Mapping[str, float]) -> dict[str, tuple[s
     return {key: (f"{ratio.removeprefix('×')} × area", ratio) for key, ratio in ratios.items()}
 
 
+def both_signs(graph: FlowGraph) -> dict[str, tuple[str, ...]]:
+    """Returns the totals of both signs of each group in which most relevance cancels, such as "+41% −34%".
+
+    They are those of the ribbons on the side of the node where more relevance cancels.
+
+    Args:
+        graph: A flow. Differences between flows have no notes.
+    """
+    notes: dict[str, tuple[str, ...]] = {}
+    edges = [] if is_difference(graph) else graph.edges
+    for node in (node for node in graph.nodes if node.kind == "group"):
+        gross = _gross(edges, node)
+        totals = (gross + node.mass) / 2, (gross - node.mass) / 2
+        if abs(node.mass) < LEAST_UNCANCELLED * gross and min(totals) >= LEAST_MASS:
+            notes[node.key] = (f"+{short_percent(totals[0])}{NO_BREAK}−{short_percent(totals[1])}",)
+    return notes
+
+
 def _gross(edges: Sequence[FlowEdge], node: FlowNode) -> float:
     """Returns the total absolute relevance of the ribbons on the side of a node where more of it cancels."""
     above = [edge.mass for edge in edges if edge.lower.key == node.key]
@@ -139,12 +161,14 @@ def _gross(edges: Sequence[FlowEdge], node: FlowNode) -> float:
 
 
 __all__ = [
+    "BOTH_SIGNS",
     "DENSITIES",
     "GROUP",
     "NOTES",
     "OVERALL",
     "Counts",
     "Pairs",
+    "both_signs",
     "counted",
     "densities",
     "is_group",
