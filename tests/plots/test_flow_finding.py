@@ -71,6 +71,11 @@ def test_relevance_in_proportion_to_the_area_is_said_to_be_spread():
     assert flow_finding(graph_of(UNEVEN), areas=AREAS).startswith(
         "Relevance is divided among the parts like the area; densest"
     )
+    assert flow_finding(graph, areas=AREAS, half_area=0.09).startswith(
+        "Relevance for “zebra” is divided among the parts like the area, but half of it lies on 9.0% of the image; "
+    )
+    assert "half of it" not in flow_finding(graph, areas=AREAS, half_area=0.26)
+    assert "half of it" not in flow_finding(graph, areas={"input/0": 0.1, "input/1": 0.1}, half_area=0.09)
     even = {"input/0": 0.55, "input/1": 0.3, "input/2": 0.15}
     assert (
         flow_finding(graph_of(TOP, UNEVEN), areas=even)

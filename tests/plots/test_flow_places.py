@@ -5,13 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nrm_plugin.plots.flow_places import SPREAD, THIRDS, place_name
+from nrm_plugin.plots.flow_places import SPREAD, THIRDS, half_area, place_name
 
 
 def square(row: int, column: int, side: int = 4, size: int = 12) -> np.ndarray:
     region = np.zeros((size, size), bool)
     region[row : row + side, column : column + side] = True
     return region
+
+
+@pytest.mark.parametrize(("relevance", "area"), [
+    (np.ones((4, 5)), 0.5), (-np.ones((4, 5)), 1.0), (np.eye(10), 0.05), (np.diag([6.0, 2, 2, 1]), 1 / 16),
+    (np.diag([5.0, 4, 3, -90]), 2 / 16),
+])  # fmt: skip
+def test_the_area_with_half_of_the_positive_relevance(relevance, area):
+    assert half_area(relevance) == pytest.approx(area)
 
 
 @pytest.mark.parametrize("row", range(3))

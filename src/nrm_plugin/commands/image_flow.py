@@ -19,10 +19,10 @@ from ..measure.layer_profile import ProfileRow, profile
 from ..measure.measure import RelevanceMeasure
 from ..plots.flow import flow_figure
 from ..plots.flow_caption import Walks, flow_caption
-from ..plots.flow_finding import flow_finding
+from ..plots.flow_finding import flow_finding, groups_of, sign_of
 from ..plots.flow_html import save_sankey
 from ..plots.flow_notes import Pairs
-from ..plots.flow_places import place_name
+from ..plots.flow_places import half_area, place_name
 from ..plots.flow_thumbnails import Photo, region_areas
 from ..plots.layer_profile import profile_figure
 from ..plots.ribbons import short_percent
@@ -271,7 +271,10 @@ def caption(flow: ImageFlow) -> str:
 
 def finding(flow: ImageFlow) -> str:
     """Returns the title of the figure."""
-    return flow_finding(flow.graph, _target(flow), _places(flow), region_areas(flow.photo))
+    sign = sign_of(flow.graph)
+    maps = [flow.heat_maps[node.key] for node in groups_of(flow.graph.layers[0]) if node.key in flow.heat_maps]
+    half = half_area(sign * maps[0]) if len(maps) == 1 else 1.0
+    return flow_finding(flow.graph, _target(flow), _places(flow), region_areas(flow.photo), half)
 
 
 def _target(flow: ImageFlow) -> str:

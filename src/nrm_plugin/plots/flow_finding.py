@@ -22,6 +22,8 @@ MOST_EXCESS = 0.1
 """Largest relevance that dense parts together may have beyond their share of the area if relevance is divided among
 the parts like the area.
 """
+CONCENTRATED = 0.25
+"""Largest fraction of the image that holds half of the relevance if relevance is concentrated within the parts."""
 AGAINST = -0.25
 """Minimum mass at which the finding mentions evidence against the output."""
 ALIKE = 0.01
@@ -35,7 +37,11 @@ Places = Mapping[str, str]
 
 
 def flow_finding(
-    graph: FlowGraph, target: str = "", places: Places | None = None, areas: Mapping[str, float] | None = None
+    graph: FlowGraph,
+    target: str = "",
+    places: Places | None = None,
+    areas: Mapping[str, float] | None = None,
+    half_area: float = 1.0,
 ) -> str:
     """Returns a sentence about the main sources of relevance and the main nodes of a layer through which it passes.
 
@@ -51,6 +57,8 @@ def flow_finding(
         target: Name of the explained output; by default, the name of the only output node.
         places: Location of each input node in the image, such as "upper left", keyed by node.
         areas: Fraction of the image that each input node covers, keyed by node.
+        half_area: Smallest fraction of the image that holds half of the relevance. If it is at most a quarter, the
+            sentence mentions it where relevance is spread over the parts like the area.
 
     Returns:
         The sentence, without a full stop. It is empty for a difference between two flows, and if the lowest layer has
@@ -72,7 +80,10 @@ def flow_finding(
     spread = is_spread(lowest, sign, where[1])
     if spread:
         about = "it" if sign < 0 else "Relevance" if name == ALL else f"Relevance for {name}"
-        clauses = [f"{about} is divided among the parts like the area{_dense_clause(lowest, sign, *where)}"]
+        within = (
+            f", but half of it lies on {short_percent(half_area)} of the image" if half_area <= CONCENTRATED else ""
+        )
+        clauses = [f"{about} is divided among the parts like the area{within}{_dense_clause(lowest, sign, *where)}"]
     else:
         nodes = _sources(lowest, sign, where[1])
         clauses = [_clause(lowest, says, _notes(nodes, *where), sign, nodes)]

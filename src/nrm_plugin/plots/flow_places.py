@@ -58,6 +58,22 @@ def place_name(region: NDArray[np.bool_], relevance: NDArray[np.float64] | None 
     return THIRDS[place[0]][place[1]] if place[0] == own[0] or place[1] == own[1] else ""
 
 
+def half_area(relevance: NDArray[np.float64]) -> float:
+    """Returns the smallest fraction of an image that holds half of the positive relevance, or 1 if there is none.
+
+    It is 1/2 if relevance is uniform.
+
+    Args:
+        relevance: Heat map of shape ``(H, W)``.
+
+    Examples:
+        >>> half_area(np.array([[3.0, 1.0], [1.0, 1.0]]))
+        0.25
+    """
+    values = np.sort(np.asarray(relevance, dtype=float).clip(min=0), axis=None)[::-1].cumsum()
+    return float((np.searchsorted(values, values[-1] / 2) + 1) / len(values)) if values[-1] > 0 else 1.0
+
+
 def _ninth(weights: NDArray[np.float64]) -> tuple[tuple[int, int], float]:
     """Returns the ninth of an image with most of the weights, or else that of their center, and its share of them."""
     rows, columns = (np.arange(length) * 3 // length for length in weights.shape)
@@ -89,4 +105,4 @@ def _side(weights: NDArray[np.float64]) -> str:
     return SIDES[int(np.argmax(shares))] if max(shares) >= ASIDE else SPREAD
 
 
-__all__ = ["place_name"]
+__all__ = ["half_area", "place_name"]
