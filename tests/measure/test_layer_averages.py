@@ -8,7 +8,7 @@ from torch import nn
 from torchvision import models
 from torchvision.models import SwinTransformer, VisionTransformer
 
-from nrm_plugin import NRMAbsolute, RelevanceMeasure
+from nrm_plugin import NRMAbsolute, Plan, RelevanceMeasure
 from nrm_plugin.errors import InputError
 from nrm_plugin.measure.layer_averages import blurred, late_layers, layer_average, layer_map, layers_by_resolution
 
@@ -239,3 +239,16 @@ def test_channels_may_be_the_last_dimension():
     assert heat.shape == (2, 32, 64)
     torch.testing.assert_close(heat[:, 0, 0], share[:, 0, 0] / 16)
     torch.testing.assert_close(heat[:, -1, -1], share[:, -1, -1] / 16)
+
+
+def test_the_average_of_a_planned_measure_runs_its_program():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 6, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(96, 3)]
+    model, images = nn.Sequential(*layers).double().eval(), torch.rand(4, 1, 3, 16, 16).double()
+    plan = Plan(model, images[0])
+    for image in images:
+        mu = plan(image, 1, reference=blurred(image))
+        expected = layer_average(RelevanceMeasure(model, image, 1, reference=blurred(image)), ["3", "1"])
+        torch.testing.assert_close(layer_average(mu, ["3", "1"]), expected)
+    assert mu._recorded is None
+    assert "marginal" in plan.explain()

@@ -182,7 +182,7 @@ def layer_average(mu: RelevanceMeasure, layers: Sequence[str] | None = None) -> 
     """
     names = layers_by_resolution(mu) if layers is None else list(layers)
     size = _grid(mu, "input")
-    maps, device = [], mu._recording.graph.device(mu._tap("input").place)
+    maps, device = [], mu._device("input")
     for name in names:
         _grid(mu, name)
     with mu._without_sums():

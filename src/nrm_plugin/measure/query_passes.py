@@ -92,7 +92,7 @@ class QueryPasses:
     def _answer(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answers a query. In a loop over layers, it is answered for several layers at once."""
         if self._shared is not None or not self._has_sums:  # such queries share a pass already
-            return method(self, *args, **kwargs)
+            return self._computed_answer(method, args, kwargs)
         return answer(self, method, args, kwargs)
 
     def _computed_answer(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -139,6 +139,10 @@ class Recorded(QueryPasses):
         count, *inner = self._tap(layer).shape
         return torch.Size((count // self._recording.references, *inner))
 
+    def _device(self, layer: Layer) -> torch.device:
+        """Returns the device of a tap."""
+        return self._recording.graph.device(self._tap(layer).place)
+
     def channel_dim(self, layer: Layer) -> int:
         """Returns the channel dimension of a tap, such as 1 for shape ``(N, C, H, W)`` and 2 for ``(N, tokens, C)``.
 

@@ -379,6 +379,9 @@ class PlannedMeasure(RelevanceMeasure):
     def shape(self, layer: Any) -> torch.Size:
         return torch.Size(self._known("shape", layer))
 
+    def _device(self, layer: Any) -> torch.device:
+        return torch.device(self._known("_device", layer))
+
     def channel_dim(self, layer: Any) -> int:
         return int(self._known("channel_dim", layer))
 
