@@ -92,7 +92,9 @@ class _Objects:
         self._modules = [(module, _Contents([module])) for module in modules]
         self._all = _Contents([module for module, _ in self._modules])
         self._tensors = [(tensor, values_state(tensor)) for tensor in tensors]
-        self._plain = [tensor for tensor, _ in self._tensors if type(tensor) in PLAIN_TYPES and tensor.layout == torch.strided]
+        self._plain = [
+            tensor for tensor, _ in self._tensors if type(tensor) in PLAIN_TYPES and tensor.layout == torch.strided
+        ]
         self._states = self._states_of_plain()
 
     def changed(self) -> nn.Module | Tensor | None:
