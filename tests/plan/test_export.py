@@ -62,9 +62,15 @@ def convolutions() -> nn.Module:
     return nn.Sequential(*layers)
 
 
+def pointwise(width: int = 8) -> nn.Module:
+    layers = nn.Conv2d(3, width, 1), nn.ReLU(), nn.Conv2d(width, width, 1, stride=2), nn.ReLU()
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3))
+
+
 NETS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "batch norm": (convolutions, ["input", "1"]),
     "residual": (Residual, ["input", "body.0"]),
+    "kernels of one pixel": (pointwise, ["input", "2"]),
     "attention": (Attention, ["input", "block.linear1"]),
 }
 
@@ -219,3 +225,11 @@ def test_random_numbers_that_do_not_depend_on_inputs_are_no_constants():
         torch.manual_seed(seed)
         torch.testing.assert_close(mu.outputs, RelevanceMeasure(plan.model, torch.ones(2, 3), 1).outputs)
     assert "random" in plan.explain()
+
+
+def test_matrices_of_weights_are_stored_once(tmp_path: Path) -> None:
+    net, x = pointwise(512).eval(), torch.rand(8, 3, 6, 6)
+    plan = Plan(net, x)
+    plan.export(tmp_path / "relevance.pt2", x, ["input"])
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in net.parameters())
+    assert (tmp_path / "relevance.pt2").stat().st_size < 2 * weights, "8 samples would take 8 more copies"

@@ -9,7 +9,7 @@ from zennit.composites import EpsilonPlus
 
 from nrm_plugin import Normalized, Plan, RelevanceMeasure
 from nrm_plugin.plan import planned_measure, program_cache
-from nrm_plugin.plan.program_cache import FAILURES
+from nrm_plugin.plan.program_cache import FAILURES, OF_SUMS
 
 BRANCHES, WIDTH = 8, 2
 RULES = Normalized(EpsilonPlus())
@@ -61,6 +61,32 @@ def test_a_shortcut_that_fails_in_one_layer_is_taken_in_the_others() -> None:
         mu.marginal("input")
     disabled = mu._programs.disabled_shortcuts  # type: ignore[attr-defined]
     assert {name for name in disabled if name.startswith("no negative input")} == {"no negative input in parts.3:0"}
+
+
+def small_sums(weight: float) -> tuple[nn.Module, Tensor]:
+    """Two layers whose biases take up most of the output of the second one if its weight is small."""
+    net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).double().eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(1)
+    return net, torch.full((1, 2), weight, dtype=torch.float64)
+
+
+@pytest.mark.medium
+def test_a_condition_on_column_sums_fails_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    traces = []
+    made = planned_measure.TracedRecording.__init__
+    monkeypatch.setattr(
+        planned_measure.TracedRecording, "__init__", lambda *args: traces.append(args[-1]) or made(*args)
+    )
+    (net, large), small = small_sums(4.0), small_sums(0.01)[1]
+    plan = Plan(net, large, composite=RULES)
+    for x in [large, large, *[small, large] * 3]:
+        expected = RelevanceMeasure(net, x, 1, composite=RULES).marginal("input")
+        assert torch.allclose(plan(x, 1).marginal("input"), expected, atol=1e-12)
+    planned = [one for one in traces if one is not None]
+    assert len(planned) == 2
+    assert planned[1] >= OF_SUMS
 
 
 def test_a_loop_over_more_queries_than_programs_traces_few_again(monkeypatch: pytest.MonkeyPatch) -> None:

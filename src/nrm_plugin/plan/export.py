@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +105,17 @@ class ExplainedModel(nn.Module):
             )
         self.layers = list(layers)
         self._program, self._dtype = program, working_dtype(outputs.dtype)
-        self._permutations: dict[int, list[int]] = {}
-        used: set[int] = set()
+        self._constants: dict[int, _Constant] = {}
+        known: dict[Any, tuple[str, Tensor]] = {}
         for number, constant in program.constants.items():
-            stored, self._permutations[number] = _stored(constant, used)
-            self.register_buffer(f"c{number}", stored)
+            base, dims = _in_memory_order(constant)
+            # Matrices of weights are views of the weights. Each block of memory is stored once.
+            key = (base.data_ptr(), base.numel(), base.dtype)
+            name, _ = known.setdefault(key, (f"c{number}", base))
+            if name == f"c{number}":
+                is_whole = base.untyped_storage().nbytes() == base.numel() * base.element_size()
+                self.register_buffer(name, base if is_whole else base.clone())
+            self._constants[number] = _Constant(name, base.shape, dims, constant.shape)
         for one in program.operations:
             _check_exportable(one)
 
@@ -127,7 +133,8 @@ class ExplainedModel(nn.Module):
         *inputs, target = tensors
         program = self._program
         values: dict[int, Tensor] = {
-            number: getattr(self, f"c{number}").permute(dims) for number, dims in self._permutations.items()
+            number: getattr(self, one.buffer).view(one.stored).permute(one.dims).expand(one.shape)
+            for number, one in self._constants.items()
         }
         values.update(zip(program.inputs, inputs, strict=True))
         checks: list[Tensor] = []
@@ -160,20 +167,37 @@ class ExplainedModel(nn.Module):
                     values[number] = item
 
 
-def _stored(constant: Tensor, used: set[int]) -> tuple[Tensor, list[int]]:
-    """Returns a constant as a contiguous tensor in memory of its own, with the permutation that restores its strides.
+@dataclass(frozen=True)
+class _Constant:
+    """Place of a constant in the buffers of a module.
 
-    ``torch.export.save`` stores each block of memory once, as one contiguous tensor.
+    Attributes:
+        buffer: Name of the buffer.
+        stored: Shape in which the elements are stored.
+        dims: Permutation of this shape that restores the strides.
+        shape: Shape of the constant, to which the permuted elements are expanded.
     """
+
+    buffer: str
+    stored: torch.Size
+    dims: list[int]
+    shape: torch.Size
+
+
+def _in_memory_order(constant: Tensor) -> tuple[Tensor, list[int]]:
+    """Returns the elements of a constant as a contiguous tensor, and the permutation that restores its strides.
+
+    Repeated elements are returned once.
+    """
+    constant = constant.detach()
+    for dim in range(constant.ndim):
+        if constant.stride(dim) == 0 and constant.shape[dim] > 1:
+            constant = constant.narrow(dim, 0, 1)
     order = sorted(range(constant.ndim), key=constant.stride, reverse=True)
-    base = constant.detach().permute(order)
+    base = constant.permute(order)
     if not base.is_contiguous():
         order = list(range(constant.ndim))
-        base = constant.detach().contiguous()
-    storage = base.untyped_storage()
-    if storage.data_ptr() in used or storage.nbytes() != base.numel() * base.element_size():
-        base = base.clone()
-    used.add(base.untyped_storage().data_ptr())
+        base = constant.contiguous()
     return base, [order.index(dim) for dim in range(constant.ndim)]
 
 

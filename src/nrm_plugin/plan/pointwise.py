@@ -34,9 +34,12 @@ class PointwiseProducts:
         self._matrices: dict[Any, int] = {}
 
     def rewritten(self, operations: list[Operation]) -> list[Operation]:
-        """Returns equivalent operations."""
+        """Returns equivalent operations: the same list if there are no such gradients."""
+        found = {id(one) for one in operations if self._is_pointwise(one)}
+        if not found:
+            return operations
         for one in operations:
-            if self._is_pointwise(one):
+            if id(one) in found:
                 self._write_product(one)
             else:
                 self._written.append(one)
@@ -115,7 +118,7 @@ class PointwiseProducts:
         return number
 
     def _new(self, shape: list[int], like: int, strides: Sequence[int] | None = None) -> int:
-        """Adds a tensor to the trace, contiguous by default, like another in dtype and device. Returns its index."""
+        """Adds a tensor with the dtype and device of another to the trace and returns its index."""
         number, self.trace.count = self.trace.count, self.trace.count + 1
         strides = strides or [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
         _, _, _, dtype, device, *_ = self.trace.forms[like]

@@ -30,6 +30,10 @@ FAILURES = 3
 """Number of failed replays after which a failing shortcut is disabled in all layers.
 
 If the model or a rule reads a changed value, every call is recorded after this number of failures."""
+OF_SUMS = frozenset(["large column sums", "restored columns", "sums of one"])
+"""Shortcuts that are disabled in all layers after a single failure of any of them.
+
+They save at most a few percent of a plan's time, and making a plan again takes many times as long."""
 
 
 @dataclass
@@ -85,7 +89,8 @@ class Programs:
     Attributes:
         disabled_shortcuts: Shortcuts (faster computations that are valid only under a condition on values) that are no
             longer taken because their conditions failed for some inputs. A shortcut whose condition failed in several
-            calls, in the same layer or in different layers, is disabled in all layers.
+            calls, in the same layer or in different layers, is disabled in all layers. Those of :data:`OF_SUMS` are
+            disabled in all layers after one failure.
         reason_not_replayable: Reason why calls of this form cannot be replayed and must be recorded each time, or an
             empty string.
         answers: Cached properties that do not depend on values, such as names and shapes.
@@ -174,6 +179,8 @@ class Programs:
             kinds = {kind_of(name) for name in names}
             self._rejected.update(kinds)
             self.disabled_shortcuts |= names | {kind for kind in kinds if self._rejected[kind] >= FAILURES}
+            if not kinds.isdisjoint(OF_SUMS):
+                self.disabled_shortcuts |= OF_SUMS
             if not names:
                 self._failures += 1
             if self._failures >= FAILURES:

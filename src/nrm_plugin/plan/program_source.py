@@ -75,7 +75,7 @@ _DIRECT: dict[Any, Any] = {
     aten.t.default: torch.t,
     aten.mul.Scalar: torch.mul,
     aten.native_batch_norm.default: torch.native_batch_norm,
-    aten.split.Tensor: torch._C._VariableFunctions.split,  # type: ignore[attr-defined]
+    aten.split.Tensor: torch._VF.split,  # type: ignore[attr-defined]
     aten.unbind.int: torch.unbind,
     aten.index_select.default: torch.index_select,
     aten.clone.default: torch.clone,

@@ -58,7 +58,8 @@ class Simplifier:
         operations, self.results = self._merged(operations, self.results)
         self.operations = fused(operations, self.trace, self.constants, self.results)
         self.operations = PointwiseProducts(self.trace, self.constants).rewritten(self.operations)
-        self.operations, self.results = self._merged(self.operations, self.results)
+        if self.operations is not operations:
+            self.operations, self.results = self._merged(self.operations, self.results)
         read = {number for one in self.operations for number in one.reads} | set(self.results)
         self.constants = {number: value for number, value in self.constants.items() if number in read}
 
