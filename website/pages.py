@@ -59,7 +59,7 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
             "measure": "profile flow_maps",
             "measure.flow_heat_maps": "mapped_flow MappedFlow flow_maps_and_pairs",
             "measure.layer_averages": "layer_map layer_average late_layers layers_by_resolution blurred",
-            "measure.pixel_maps": "pixel_map through_evidence is_fine_grained",
+            "measure.pixel_maps": "pixel_map covered focused light_gamma is_fine_grained",
             "measure.plain_ground": "plain_ground",
         },
     ),
