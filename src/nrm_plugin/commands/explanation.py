@@ -11,7 +11,7 @@ from ..errors import CancellationError, NRMError, NullEventError
 from ..events.event import at
 from ..measure.layer_averages import late_layers, layer_average
 from ..measure.measure import RelevanceMeasure
-from ..measure.pixel_maps import covered, focused, is_fine_grained, light_gamma
+from ..measure.pixel_maps import covered, focused_pixels, is_fine_grained, light_gamma
 from ..plots.flow_thumbnails import Photo
 from .event_syntax import Condition
 from .image_references import ground_name
@@ -191,7 +191,7 @@ def _on_ground(
         if request.map == OF_LAYERS:
             return result
         mu = measure_of(loaded, inputs, alone, lambda ground: covered(inputs, ground), light_gamma())
-        return replace(result, pixel_map=focused(float(mu.sign) * mu.marginal("input").sum(1))[0].cpu())
+        return replace(result, pixel_map=focused_pixels(mu)[0].cpu())
     except NRMError as error:
         return f"{note}{str(error).partition('. ')[0]}"
 

@@ -78,11 +78,23 @@ def blurred(images: Tensor) -> Tensor:
         >>> blurred(torch.rand(5, 3, 8, 8)).shape
         torch.Size([5, 3, 8, 8])
     """
+    return smoothed(images, BLUR, 3)
+
+
+def smoothed(images: Tensor, width: float, reach: float) -> Tensor:
+    """Convolves images of shape ``(N, C, H, W)`` with a Gaussian.
+
+    Args:
+        images: The images.
+        width: Standard deviation, as a fraction of the shorter side.
+        reach: Distance at which the Gaussian is cut off, in standard deviations.
+    """
     short = min(images.shape[2:])
-    side = 2 * min(round(3 * BLUR * short), short - 1) + 1
+    deviation = width * short
+    side = 2 * min(round(reach * deviation), short - 1) + 1
     # Applied along each axis, since torchvision's kernel for both axes has side × side weights.
-    across = gaussian_blur(images, [side, 1], [BLUR * short, 1.0])
-    result: Tensor = gaussian_blur(across, [1, side], [1.0, BLUR * short])
+    across = gaussian_blur(images, [side, 1], [deviation, 1.0])
+    result: Tensor = gaussian_blur(across, [1, side], [1.0, deviation])
     return result
 
 

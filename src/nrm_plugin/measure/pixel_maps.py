@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.functional import gaussian_blur
 from zennit.composites import LayerMapComposite
 from zennit.rules import Epsilon, Gamma
 from zennit.types import Convolution
 
 from ..composites import Normalized
 from ..errors import InputError
-from .layer_averages import late_layers
+from .layer_averages import late_layers, smoothed
 from .measure import RelevanceMeasure
 
 COVERED = 8
@@ -72,8 +71,17 @@ def pixel_map(model: nn.Module, images: Tensor, target: Any = None, *, reference
         image, ground = (part[place : place + 1] for part in (images, grounds))
         own = target[place] if is_given_each else target
         mu = RelevanceMeasure(model, image, own, reference=covered(image, ground), **settings)
-        maps.append(focused(float(mu.sign) * mu.marginal("input").sum(1)))
+        maps.append(focused_pixels(mu))
     return torch.cat(maps)
+
+
+def focused_pixels(mu: RelevanceMeasure) -> Tensor:
+    """Returns the relevance of the pixels, summed over colors and :func:`focused`, of shape ``(1, H, W)``.
+
+    Args:
+        mu: The measure of a single image.
+    """
+    return focused(float(mu.sign) * mu.marginal("input").sum(1))
 
 
 def light_gamma() -> Normalized:
@@ -117,9 +125,7 @@ def focused(heat: Tensor) -> Tensor:
     Args:
         heat: Heat maps of shape ``(N, H, W)``; positive values are evidence for the class.
     """
-    width = WIDTH * min(heat.shape[1:])
-    side = 2 * min(round(4 * width), min(heat.shape[1:]) - 1) + 1
-    smooth = gaussian_blur(heat[:, None], [side, side], [width, width])[:, 0].clamp(min=0)
+    smooth = smoothed(heat[:, None], WIDTH, 4)[:, 0].clamp(min=0)
     largest = smooth.amax((1, 2), keepdim=True)
     weights = torch.where(largest > 0, smooth / largest.clamp(min=torch.finfo(heat.dtype).tiny), 1.0)
     return torch.where(heat > 0, heat * weights**POWER, heat)
