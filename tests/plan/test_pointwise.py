@@ -46,6 +46,17 @@ def gradient(layer: nn.Module, relevance: Tensor, source: Tensor) -> Tensor:
     return torch.autograd.grad(layer(leaf), leaf, relevance)[0]
 
 
+def functions_of_the_gradient(layer: nn.Module, shape: tuple[int, ...]) -> list[object]:
+    """Rewrites a gradient of random values, compares it, and returns the operators that compute it."""
+    torch.manual_seed(0)
+    layer = layer.double()
+    source = torch.randn(shape, dtype=torch.float64)
+    relevance = torch.randn_like(layer(source))
+    functions, result = rewritten(layer, relevance, source)
+    torch.testing.assert_close(result, gradient(layer, relevance, source))
+    return functions
+
+
 CASES = {
     "one sample": (nn.Conv2d(5, 4, 1), (1, 5, 6, 7)),
     "two samples": (nn.Conv2d(5, 4, 1), (2, 5, 6, 7)),
@@ -62,14 +73,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_matrix_product_is_the_input_gradient(name: str) -> None:
-    torch.manual_seed(0)
-    layer, shape = CASES[name]
-    layer = layer.double()
-    source = torch.randn(shape, dtype=torch.float64)
-    relevance = torch.randn_like(layer(source))
-    functions, result = rewritten(layer, relevance, source)
-    assert aten.convolution_backward.default not in functions
-    torch.testing.assert_close(result, gradient(layer, relevance, source))
+    assert aten.convolution_backward.default not in functions_of_the_gradient(*CASES[name])
 
 
 OTHERS = {
@@ -81,14 +85,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_convolutions_are_kept(name: str) -> None:
-    torch.manual_seed(0)
-    layer, shape = OTHERS[name]
-    layer = layer.double()
-    source = torch.randn(shape, dtype=torch.float64)
-    relevance = torch.randn_like(layer(source))
-    functions, result = rewritten(layer, relevance, source)
-    assert functions == [aten.convolution_backward.default]
-    torch.testing.assert_close(result, gradient(layer, relevance, source))
+    assert functions_of_the_gradient(*OTHERS[name]) == [aten.convolution_backward.default]
 
 
 def test_relevance_in_another_memory_layout_is_kept() -> None:

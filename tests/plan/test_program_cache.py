@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,17 @@ class Branches(nn.Module):
         return torch.stack([part(one) for part, one in zip(self.parts, x.chunk(BRANCHES, 1), strict=True)]).sum((0, 3))
 
 
+@pytest.fixture
+def traces(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The disabled shortcuts of every recording that is made; None if it is not traced."""
+    found: list[Any] = []
+    made = planned_measure.TracedRecording.__init__
+    monkeypatch.setattr(
+        planned_measure.TracedRecording, "__init__", lambda *args: found.append(args[-1]) or made(*args)
+    )
+    return found
+
+
 def inputs(negative: int | None) -> Tensor:
     """Positive inputs, but for those of one part."""
     x = torch.rand(2, BRANCHES * WIDTH, 4, dtype=torch.float64) + 0.1
@@ -36,12 +49,7 @@ def inputs(negative: int | None) -> Tensor:
 
 
 @pytest.mark.medium
-def test_a_shortcut_that_fails_in_one_layer_after_the_other_is_disabled_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    traces = []
-    made = planned_measure.TracedRecording.__init__
-    monkeypatch.setattr(
-        planned_measure.TracedRecording, "__init__", lambda *args: traces.append(args[-1]) or made(*args)
-    )
+def test_a_shortcut_that_fails_in_one_layer_after_the_other_is_disabled_in_all(traces: list[Any]) -> None:
     net = Branches().double().eval()
     plan = Plan(net, inputs(None), composite=RULES)
     for negative in [None, None, *range(BRANCHES), *range(BRANCHES)]:
@@ -73,12 +81,7 @@ def small_sums(weight: float) -> tuple[nn.Module, Tensor]:
 
 
 @pytest.mark.medium
-def test_a_condition_on_column_sums_fails_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    traces = []
-    made = planned_measure.TracedRecording.__init__
-    monkeypatch.setattr(
-        planned_measure.TracedRecording, "__init__", lambda *args: traces.append(args[-1]) or made(*args)
-    )
+def test_a_condition_on_column_sums_fails_once(traces: list[Any]) -> None:
     (net, large), small = small_sums(4.0), small_sums(0.01)[1]
     plan = Plan(net, large, composite=RULES)
     for x in [large, large, *[small, large] * 3]:
